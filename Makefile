@@ -1,0 +1,69 @@
+# Every target makes its own environment, .venv, when there is none or when it
+# is not the one that setup.py and constraints.txt describe.
+
+PYTHON ?= python3
+EXTRAS ?= test
+ARGS ?=
+CONFIG ?= configs/pquant.py:tiny
+# configs/pquant.py:tiny -> runs/pquant-tiny
+WORKDIR ?= runs/$(subst :,-,$(subst .py,,$(notdir $(CONFIG))))
+
+VENV := .venv/bin/python
+# The stamp's name says what .venv was made from; the checkout's path is part of
+# it, because an editable install points there.
+INPUTS := $(shell { $(PYTHON) -VV; echo '$(CURDIR) $(EXTRAS)'; \
+  cat setup.py constraints.txt; } | cksum | cut -d ' ' -f 1)
+STAMP := .venv/made-from-$(INPUTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all check format bench constraints clean
+
+help:  ## This list.
+	@echo 'make TARGET [PYTHON=python3.12] [EXTRAS=test,gpu] [ARGS=...]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' \
+	  Makefile
+
+train: $(STAMP)  ## Pretrain; CONFIG=configs/<method>.py:<size>, WORKDIR=<folder>.
+	$(VENV) -m qat.main --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test: $(STAMP)  ## Run the fast tests.
+	$(VENV) -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)  ## Run all tests.
+	$(VENV) -m pytest $(ARGS)
+
+check: $(STAMP)  ## Lint, and look whether everything is formatted.
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
+
+format: $(STAMP)  ## Mend what the linter can mend, and format.
+	$(VENV) -m ruff check --fix
+	$(VENV) -m ruff format
+
+bench: $(STAMP)  ## Measure a training step.
+	$(VENV) scripts/bench.py train $(ARGS)
+
+constraints: python-is-new-enough  ## Renew constraints.txt; use the oldest Python.
+	$(PYTHON) -m venv --clear .venv
+	$(VENV) -m pip install --quiet --upgrade setuptools
+	$(VENV) -m pip install --quiet --no-build-isolation --editable '.[test,hf]'
+	{ grep '^#' constraints.txt; $(VENV) -m pip freeze --all --exclude pip \
+	  --exclude qat; } > .venv/constraints.txt
+	mv .venv/constraints.txt constraints.txt
+
+clean:  ## Remove the environment and caches; never runs or data.
+	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# setuptools comes first: what venv brings is too old for setup.py.
+$(STAMP): | python-is-new-enough
+	$(PYTHON) -m venv --clear .venv
+	$(VENV) -m pip install --quiet --constraint=constraints.txt setuptools
+	$(VENV) -m pip install --quiet --constraint=constraints.txt \
+	  --no-build-isolation --editable '.[$(EXTRAS)]'
+	touch $@
+
+.PHONY: python-is-new-enough
+python-is-new-enough:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "qat needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'

@@ -1,0 +1,167 @@
+"""The fields every run has: their defaults, their units and their reasons.
+
+A method's file (`configs/pquant.py`, ...) starts from `base(size)` and changes
+what the method changes. Nothing in the framework supplies a default of its own:
+what is not here is not configurable.
+"""
+
+from ml_collections import ConfigDict
+
+# D_model, heads, layers, D_FF of the baselines and the branch width r.
+# 300m to 2.6b: pQuant (arXiv 2602.22592) tables 1 and 4. The paper prints no
+# depth and no head count for 2.6B; 26 layers and 30 heads reproduce the size.
+SIZES = {
+  'tiny': dict(d_model=256, n_heads=4, n_layers=4, d_ff=640, branch=32),
+  'small': dict(d_model=288, n_heads=6, n_layers=6, d_ff=768, branch=64),
+  '300m': dict(d_model=1024, n_heads=16, n_layers=24, d_ff=2400, branch=128),
+  '700m': dict(d_model=1536, n_heads=24, n_layers=24, d_ff=4096, branch=256),
+  '1.3b': dict(d_model=2048, n_heads=32, n_layers=24, d_ff=5460, branch=384),
+  '2.6b': dict(d_model=2880, n_heads=30, n_layers=26, d_ff=7680, branch=512),
+}
+
+PAPER_SIZES = ('300m', '700m', '1.3b', '2.6b')
+
+
+def check_size(size: str) -> str:
+  """Returns `size`, or raises a ValueError that lists the sizes there are."""
+  if size not in SIZES:
+    raise ValueError(f'No size {size!r}; choose one of {", ".join(SIZES)}.')
+  return size
+
+
+def base(size: str) -> ConfigDict:
+  """A full-precision LLaMA-style run of `size`; unlocked, for a method's file.
+
+  Args:
+    size: a key of `SIZES`.
+
+  Returns:
+    The ConfigDict. A method's file changes it and calls `.lock()`.
+  """
+  shape = SIZES[check_size(size)]
+  paper = size in PAPER_SIZES
+  config = ConfigDict()
+  config.name = f'run-{size}'  # Names the run in logs and in the report.
+  config.seed = 0  # Of the parameters and of the order of the data.
+
+  model = config.model = ConfigDict()
+  model.vocab_size = {'tiny': 2048, 'small': 8192}.get(size, 32_000)  # Tokens.
+  model.d_model = shape['d_model']  # Width of the residual stream.
+  model.n_layers = shape['n_layers']  # Decoder blocks.
+  model.n_heads = shape['n_heads']  # Query heads; must divide d_model.
+  model.n_kv_heads = shape['n_heads']  # Fewer: grouped-query attention.
+  model.d_ff = shape['d_ff']  # Hidden width of the gated feed-forward layer.
+  model.activation = 'silu'  # Of the gate; pQuant does not name its own.
+  model.norm = 'pre'  # 'pre': once before a sub-layer; 'inside': each linear.
+  model.norm_shared = True  # Linears that read one input share its norm.
+  model.norm_eps = 1e-6  # Added to the mean square.
+  model.rope_theta = 10_000.0  # Base of the rotary wavelengths.
+  model.tied_embeddings = True  # The output head is the embedding, transposed.
+  model.init_std = 0.02  # Normal; also the embedding's.
+  model.init_residual_scale = True  # Output projections / sqrt(2 n_layers).
+  model.ffn = 'gated'  # 'gated', or 'decoupled' (pQuant's two branches).
+  # The fields of the decoupled layer; a 'gated' layer has none of them.
+  model.branch_width = shape['branch']  # r: hidden width of a narrow branch.
+  model.branch_multiple = 128 if paper else 1  # r must be a multiple of this.
+  model.n_experts = 1  # N narrow branches; more than 1 adds a top-1 router.
+  model.alpha_init = 2.0  # Learnable scale of the narrow branch (section 3.2).
+  model.beta_init = 0.2  # Learnable scale of the wide branch (section 3.2).
+  model.gate_probability = True  # Multiply the routed output by its p.
+  model.router_init_std = 0.02  # Normal.
+  model.balance_coef = 0.0  # Of a Switch-style load-balancing loss; 0: none.
+  # How it is computed; none of these changes the function beyond rounding.
+  model.dtype = 'bfloat16' if paper else 'float32'  # Stream, elementwise.
+  model.dot_dtype = 'bfloat16'  # Of matrix products' inputs that stay float.
+  model.quantized_dot = 'auto'  # 'int8', 'float', or whichever is faster here.
+  model.attention = 'auto'  # 'blocked', 'xla', 'cudnn', or what fits here.
+  model.remat = 'block' if paper else 'none'  # Recompute: 'none' or 'block'.
+  model.loss_chunk = 64  # Positions of a sequence whose logits live at once.
+
+  quant = config.quant = ConfigDict()
+  quant.rules = (('.*', 'full'),)  # (regex of a linear's path, spec); first.
+  quant.specs = ConfigDict({'full': full_precision()})
+
+  optim = config.optim = ConfigDict()
+  optim.peak_lr = 1e-3  # At the end of the warm-up.
+  optim.schedule = 'cosine'  # 'two_phase', 'cosine', 'wsd' or 'constant'.
+  optim.warmup_steps = 500 if paper else 50  # Optimizer steps, linear from 0.
+  optim.final_lr_ratio = 0.1  # Of peak_lr, at the end of 'cosine' and 'wsd'.
+  optim.decay_fraction = 0.2  # Share of the run that 'wsd' decays over.
+  optim.second_peak_ratio = 2 / 3  # Of peak_lr: the line of phase two.
+  optim.switch_fraction = 0.5  # Share of the run in phase one.
+  optim.weight_decay = 0.1  # Decoupled; times the learning rate.
+  optim.second_weight_decay = 0.1  # In phase two of 'two_phase'.
+  optim.no_decay = r'.*(norm|alpha|beta).*'  # Regex of undecayed parameters.
+  optim.b1 = 0.9  # Decay of the first moment.
+  optim.b2 = 0.95  # Decay of the second moment.
+  optim.eps = 1e-8  # Added to the root of the second moment.
+  optim.clip_norm = 1.0  # Global gradient norm; 0: no clipping.
+  optim.accumulate = 1  # Micro-batches summed into one optimizer step.
+
+  data = config.data = ConfigDict()
+  # 'austen' is the embedded corpus, prepared on first use; else a folder made
+  # by scripts/prepare_data.py.
+  data.dataset = 'austen'
+  data.cache_dir = 'data'  # Where the embedded corpus is prepared.
+  data.seq_len = 2048 if paper else (512 if size == 'small' else 256)  # Tokens.
+  data.batch_size = 512 if paper else 16  # Sequences in an optimizer step.
+  data.workers = 0  # Loader processes; 0 reads in threads of this one.
+  data.threads = 2  # Reader threads per loader process.
+  data.timeout_s = 600.0  # A batch that takes longer ends the run.
+
+  train = config.train = ConfigDict()
+  train.steps = {'tiny': 400, 'small': 1250}.get(size, 100_000)  # Optimizer's.
+  train.log_every = 100 if paper else 10  # Steps between lines of the log.
+  train.health_every = 500 if paper else 20  # Steps between low-bit health.
+  train.timeout_s = 3600.0  # Compiling, or a step, that takes longer: an end.
+
+  evaluation = config.eval = ConfigDict()
+  evaluation.every = 1000 if paper else 100  # Steps; also once at the end.
+  evaluation.batch_size = 64 if paper else 16  # Sequences.
+  evaluation.batches = 0  # At most so many; 0: the whole validation split.
+
+  checkpoint = config.checkpoint = ConfigDict()
+  checkpoint.every = 1000 if paper else 100  # Steps; also once at the end.
+  checkpoint.keep_last = 3  # Newest checkpoints kept.
+  checkpoint.keep_every = 10_000 if paper else 0  # Also multiples; 0: none.
+  checkpoint.timeout_s = 1200.0  # A save that takes longer ends the run.
+
+  sensitivity = config.sensitivity = ConfigDict()
+  sensitivity.every = 5000 if paper else 0  # Steps; 0: only at the end.
+  sensitivity.sequences = 8  # Calibration sequences, from the training split.
+  sensitivity.damping = 0.01  # Of the Gram matrix's mean diagonal, added to it.
+
+  sample = config.sample = ConfigDict()
+  sample.prompts = ('It is a truth', 'She was')  # Continued at the end.
+  sample.tokens = 64  # New tokens of a sample.
+  sample.temperature = 0.8  # 0: greedy.
+  sample.top_k = 40  # Candidates; 0: all.
+  sample.top_p = 0.95  # Probability mass of the candidates; 1: all.
+
+  mesh = config.mesh = ConfigDict()
+  mesh.data = -1  # Devices that share parameters; -1: all that are left.
+  mesh.fsdp = 1  # Devices that parameters and optimizer state are split over.
+  return config
+
+
+def full_precision() -> ConfigDict:
+  """A linear layer that is not quantized."""
+  return spec('none', 'none')
+
+
+def spec(
+  weight: str, activation: str, granularity: str = 'tensor'
+) -> ConfigDict:
+  """How one kind of linear layer is quantized.
+
+  Args:
+    weight: alphabet of the weight codes: 'none', 'binary', 'ternary', 'int8'.
+    activation: alphabet of the input codes: 'none', or 'int8' (per token).
+    granularity: weights that share a scale: 'tensor', or 'channel' (output).
+
+  Returns:
+    The ConfigDict; `qat.quant.rules.Spec` has the same fields.
+  """
+  return ConfigDict(
+    dict(weight=weight, activation=activation, granularity=granularity)
+  )

@@ -1,0 +1,1 @@
+"""Pretraining of language models with extremely low-bit weights, in JAX."""

@@ -1,0 +1,284 @@
+"""Checks of a whole config, its JSON form, and what a resumed run may change."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qat import sharding
+from qat.nn import attention
+from qat.nn import ffn
+from qat.nn import transformer
+from qat.quant import dot
+from qat.quant import rules as rules_lib
+
+# A resumed run may differ in these and in nothing else: they do not decide what
+# a step computes, beyond rounding. `train.steps` is here so that a run can be
+# made longer or shorter; the schedule then follows the new length.
+SAFE = re.compile(
+  r'name|train\..*|eval\..*|checkpoint\..*|sensitivity\..*|sample\..*'
+  r'|mesh\..*|model\.remat|data\.(workers|threads|timeout_s|cache_dir)'
+)
+
+
+class ConfigError(ValueError):
+  """A config that cannot be run; the message names field, value and remedy."""
+
+
+def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
+  """Refuses an impossible config before anything is compiled.
+
+  Args:
+    config: a run's config.
+    devices: how many devices the run has.
+    processes: how many hosts.
+
+  Raises:
+    ConfigError: naming every field that is wrong, its value and the remedy.
+  """
+  errors = [*_model_errors(config), *_number_errors(config)]
+  errors += _batch_errors(config, devices, processes)
+  for attempt in (
+    lambda: sharding.mesh_shape(config.mesh, devices),
+    lambda: dot.choose_method(
+      config.model.quantized_dot, config.model.dot_dtype, 'cpu'
+    ),
+    lambda: attention.choose_form(config.model.attention, 'cpu', devices),
+    lambda: rules_lib.make_rules(config.quant.rules, config.quant.specs),
+    lambda: re.compile(config.optim.no_decay),
+  ):
+    try:
+      attempt()
+    except (ValueError, TypeError, re.error) as error:
+      errors.append(str(error))
+  if not errors:
+    model = transformer.build(config, 'cpu', devices)
+    params = transformer.abstract_params(model)
+    try:
+      model.rules.check(rules_lib.kernels(params))
+    except ValueError as error:
+      errors.append(str(error))
+  if errors:
+    raise ConfigError('\n'.join(f'config.{e}' for e in errors))
+
+
+def _model_errors(config: ConfigDict) -> list[str]:
+  m = config.model
+  errors = []
+  if m.d_model % m.n_heads:
+    errors.append(
+      f'model.d_model={m.d_model} is no multiple of'
+      f' model.n_heads={m.n_heads}; change one of them.'
+    )
+  elif (m.d_model // m.n_heads) % 2:
+    errors.append(
+      f'model.d_model={m.d_model} over model.n_heads={m.n_heads} makes heads'
+      f' of odd width {m.d_model // m.n_heads}; rotary positions need pairs.'
+    )
+  if m.n_kv_heads < 1 or m.n_heads % m.n_kv_heads:
+    errors.append(
+      f'model.n_kv_heads={m.n_kv_heads} does not divide'
+      f' model.n_heads={m.n_heads}.'
+    )
+  choices = {
+    'norm': ('pre', 'inside'),
+    'ffn': ('gated', 'decoupled'),
+    'activation': tuple(ffn.ACTIVATIONS),
+    'dtype': ('float32', 'bfloat16'),
+    'remat': ('none', 'block'),
+  }
+  for field, allowed in choices.items():
+    if m[field] not in allowed:
+      errors.append(
+        f'model.{field}={m[field]!r}; choose one of {", ".join(allowed)}.'
+      )
+  if m.ffn == 'decoupled':
+    r, multiple = m.branch_width, m.branch_multiple
+    if not 0 < r < m.d_ff:
+      errors.append(
+        f'model.branch_width={r} must lie between 0 and model.d_ff={m.d_ff}.'
+      )
+    if r % multiple:
+      errors.append(
+        f'model.branch_width={r} is no multiple of model.branch_multiple='
+        f'{multiple}; take {max(multiple, round(r / multiple) * multiple)}.'
+      )
+    if m.n_experts < 1:
+      errors.append(f'model.n_experts={m.n_experts}; at least 1.')
+  elif m.n_experts != 1:
+    errors.append(
+      f"model.n_experts={m.n_experts} needs model.ffn='decoupled'; a gated"
+      ' layer has no experts.'
+    )
+  return errors
+
+
+_POSITIVE = """model.vocab_size model.d_model model.n_layers model.n_heads
+  model.d_ff model.norm_eps model.rope_theta model.init_std model.loss_chunk
+  optim.peak_lr optim.eps optim.accumulate data.seq_len data.batch_size
+  data.threads data.timeout_s train.steps train.log_every train.health_every
+  train.timeout_s eval.batch_size eval.every checkpoint.every
+  checkpoint.keep_last checkpoint.timeout_s sensitivity.sequences
+  sensitivity.damping""".split()
+_NOT_NEGATIVE = """seed optim.warmup_steps optim.final_lr_ratio
+  optim.weight_decay optim.second_weight_decay optim.second_peak_ratio
+  optim.clip_norm data.workers eval.batches checkpoint.keep_every
+  sensitivity.every sample.tokens sample.temperature sample.top_k
+  model.balance_coef""".split()
+_SHARES = """optim.decay_fraction optim.switch_fraction optim.b1
+  optim.b2 sample.top_p""".split()
+
+
+def _number_errors(config: ConfigDict) -> list[str]:
+  errors = []
+  for fields, test, meaning in (
+    (_POSITIVE, lambda x: x > 0, 'greater than 0'),
+    (_NOT_NEGATIVE, lambda x: x >= 0, 'not negative'),
+    (_SHARES, lambda x: 0 <= x <= 1, 'between 0 and 1'),
+  ):
+    for field in fields:
+      value = config[field.split('.')[0]]
+      for part in field.split('.')[1:]:
+        value = value[part]
+      # A comparison with NaN is false, so NaN is refused too.
+      if not test(value) or value == float('inf'):
+        errors.append(f'{field}={value} must be {meaning}.')
+  schedules = ('two_phase', 'cosine', 'wsd', 'constant')
+  if config.optim.schedule not in schedules:
+    errors.append(
+      f'optim.schedule={config.optim.schedule!r}; choose one of'
+      f' {", ".join(schedules)}.'
+    )
+  if config.optim.warmup_steps >= config.train.steps:
+    errors.append(
+      f'optim.warmup_steps={config.optim.warmup_steps} must be fewer than'
+      f' train.steps={config.train.steps}.'
+    )
+  if config.optim.schedule == 'wsd' and not config.optim.decay_fraction:
+    errors.append("optim.decay_fraction=0 with optim.schedule='wsd'.")
+  return errors
+
+
+def _batch_errors(
+  config: ConfigDict, devices: int, processes: int
+) -> list[str]:
+  errors = []
+  batch, micro = config.data.batch_size, config.optim.accumulate
+  if micro > 0 and batch % (devices * micro):
+    errors.append(
+      f'data.batch_size={batch} is no multiple of {devices} devices times'
+      f' optim.accumulate={micro}; take a multiple of {devices * micro}.'
+    )
+  if config.eval.batch_size % devices:
+    errors.append(
+      f'eval.batch_size={config.eval.batch_size} is no multiple of'
+      f' {devices} devices.'
+    )
+  if config.sensitivity.sequences % processes:
+    errors.append(
+      f'sensitivity.sequences={config.sensitivity.sequences} is no multiple of'
+      f' {processes} processes.'
+    )
+  try:
+    fsdp = sharding.mesh_shape(config.mesh, devices)[1]
+  except ValueError:
+    return errors  # Reported with the mesh.
+  if config.model.d_model % fsdp:
+    errors.append(
+      f'model.d_model={config.model.d_model} is no multiple of mesh.fsdp='
+      f'{fsdp}; parameters are split along it.'
+    )
+  return errors
+
+
+def check_tokenizer(config: ConfigDict, vocab_size: int, dataset: str) -> None:
+  """Refuses a model whose vocabulary is smaller than its data's."""
+  if config.model.vocab_size < vocab_size:
+    raise ConfigError(
+      f'config.model.vocab_size={config.model.vocab_size} is smaller than the'
+      f' {vocab_size} tokens of the tokenizer of {dataset}; set it to'
+      f' {vocab_size} or more.'
+    )
+
+
+def to_json(config: ConfigDict) -> str:
+  """The resolved config as readable JSON; `from_json` inverts it."""
+  return json.dumps(_plain(config.to_dict()), indent=2, allow_nan=False) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+  """A locked config from `to_json`."""
+  values = json.loads(text)
+  values['quant']['rules'] = tuple(map(tuple, values['quant']['rules']))
+  values['sample']['prompts'] = tuple(values['sample']['prompts'])
+  return ConfigDict(values).lock()
+
+
+def load(workdir: pathlib.Path) -> ConfigDict:
+  """The config of an existing run.
+
+  Raises:
+    FileNotFoundError: where there is no run.
+  """
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{workdir} holds no run: {path} is missing. Give a folder that'
+      ' qat.main wrote with --workdir.'
+    )
+  return from_json(path.read_text())
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _plain(v) for key, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """A field whose value differs between two configs."""
+
+  field: str
+  old: Any
+  new: Any
+
+  def __str__(self) -> str:
+    return f'{self.field}: {self.old!r} -> {self.new!r}'
+
+
+def changes(old: ConfigDict, new: ConfigDict) -> list[Change]:
+  """Every field that differs; a missing one has the value '(absent)'."""
+  a, b = _flatten(_plain(old.to_dict())), _flatten(_plain(new.to_dict()))
+  return [
+    Change(field, a.get(field, '(absent)'), b.get(field, '(absent)'))
+    for field in sorted({*a, *b})
+    if a.get(field, '(absent)') != b.get(field, '(absent)')
+  ]
+
+
+def refuse_changes(old: ConfigDict, new: ConfigDict, workdir: str) -> None:
+  """Raises a ConfigError unless every change is in the list `SAFE`."""
+  unsafe = [c for c in changes(old, new) if not SAFE.fullmatch(c.field)]
+  if unsafe:
+    raise ConfigError(
+      f'The run in {workdir} has another config:\n  '
+      + '\n  '.join(map(str, unsafe))
+      + '\nA run resumes with its own config (fields that may change:'
+      f' {SAFE.pattern}). Undo the change, or give another --workdir.'
+    )
+
+
+def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flatten(value, f'{prefix}.{key}' if prefix else key)
+  return flat

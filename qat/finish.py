@@ -1,0 +1,181 @@
+"""What a run says first and last: sizes, sensitivity, samples, a report."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from qat import evaluate
+from qat import metrics
+from qat import report
+from qat import sensitivity
+from qat import step as step_lib
+from qat.data import dataset as dataset_lib
+from qat.data import loader as loader_lib
+from qat.infer import generate
+from qat.nn import capture
+from qat.quant import qtensor
+from qat.quant import rules as rules_lib
+
+SAMPLES = 'samples.jsonl'
+SUMMARY = 'summary.json'
+
+
+def bits_per_weight(params: Any, rules: rules_lib.Rules) -> float:
+  """Mean bits of the linear layers' weights; 16 for what is not quantized.
+
+  Scales are not counted: one a matrix, they add less than 0.001 bits at any
+  size of a paper.
+  """
+  bits = weights = 0
+  for path, kernel in rules_lib.kernels(params).items():
+    alphabet = rules.find(path).weight
+    bits += kernel.size * (16 if alphabet == 'none' else qtensor.BITS[alphabet])
+    weights += kernel.size
+  return bits / weights
+
+
+def parameter_count(program: step_lib.Program) -> int:
+  """Entries of all parameters."""
+  return sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params))
+
+
+def introduction(program: step_lib.Program, peak: float) -> str:
+  """A run's first line; `peak` is the measured FLOP/s of all devices."""
+  config = program.config
+  tokens = config.data.batch_size * config.data.seq_len
+  platform = program.mesh.devices.flat[0].platform
+  bits = bits_per_weight(program.abstract.params, program.model.rules)
+  return (
+    f'{config.name}: {metrics.count(parameter_count(program))} parameters,'
+    f' {bits:.2f} bits a weight in the blocks;'
+    f' {metrics.count(tokens)} tokens a step on {program.mesh.size}'
+    f' {platform} device(s) with a measured peak of'
+    f' {metrics.count(peak)}FLOP/s'
+  )
+
+
+def study(
+  program: step_lib.Program,
+  params: Any,
+  dataset: dataset_lib.Dataset,
+  workdir: pathlib.Path,
+  log: metrics.Logger,
+  step: int,
+) -> None:
+  """Measures and writes the sensitivity of every quantized layer.
+
+  The calibration batch is the first of another shuffle of the training split:
+  fixed for a run, and the same for all runs with its seed.
+  """
+  config = program.config
+  loader = loader_lib.TrainLoader(
+    dataset.path,
+    seq_len=config.data.seq_len,
+    batch_size=config.sensitivity.sequences,
+    seed=config.seed + 1,
+    process_index=0,
+    process_count=1,
+    workers=0,
+    threads=0,
+  )
+  tokens_BT = next(loader)['tokens']
+  loader.close()
+  if program.mesh.size > 1:  # Every device then studies the whole.
+    whole = NamedSharding(program.mesh, P())
+    params = jax.jit(lambda p: p, out_shardings=whole)(params)
+    tokens_BT = jax.device_put(tokens_BT, whole)
+  analysis = sensitivity.analyse(
+    capture.linear_records(program.model, params, tokens_BT),
+    config.sensitivity.damping,
+  )
+  if not analysis:
+    return
+  if jax.process_index() == 0:
+    sensitivity.save(workdir, step, analysis)
+  log.scalars(step, sensitivity.scalars(analysis))
+
+
+def _samples(
+  program: step_lib.Program, params: Any, dataset: dataset_lib.Dataset
+) -> list[dict[str, Any]]:
+  """A continuation of each of the config's prompts."""
+  c = program.config.sample
+  samples = []
+  for prompt in c.prompts:
+    ids = dataset.tokenizer.encode(prompt, add_special_tokens=False).ids
+    new = generate.generate(
+      program.model,
+      params,
+      [dataset.eot_id, *ids],
+      tokens=c.tokens,
+      temperature=c.temperature,
+      top_k=c.top_k,
+      top_p=c.top_p,
+      seed=program.config.seed,
+      stop=dataset.eot_id,
+    )
+    text = dataset.tokenizer.decode([*ids, *new])
+    step = program.config.train.steps
+    samples.append({'step': step, 'prompt': prompt, 'text': text})
+  return samples
+
+
+def finish(
+  program: step_lib.Program,
+  params: Any,
+  dataset: dataset_lib.Dataset,
+  workdir: pathlib.Path,
+  log: metrics.Logger,
+  evaluated: dict[str, float],
+  seconds: float,
+) -> None:
+  """Writes sensitivity, samples, summary and report; prints the summary.
+
+  Args:
+    program: the run's program.
+    params: the final parameters.
+    dataset: the open data set.
+    workdir: folder of the run.
+    log: the open log.
+    evaluated: the last evaluation.
+    seconds: since the start of the run, over all its processes.
+  """
+  config = program.config
+  study(program, params, dataset, workdir, log, config.train.steps)
+  samples = _samples(program, params, dataset) if config.sample.tokens else []
+  if jax.process_index() != 0:
+    return
+  for sample in samples:
+    log.say(f'> {sample["text"]}')
+  tokens_per_step = config.data.batch_size * config.data.seq_len
+  speeds = [
+    row['train/tokens_per_s']
+    for row in metrics.read(workdir)
+    if 'train/tokens_per_s' in row
+  ]
+  valid = dataset.manifest['splits']['valid']
+  summary = {
+    **evaluated,
+    'baseline/gzip_bits_per_byte': valid['gzip_bits_per_byte'],
+    'baseline/unigram_bits_per_byte': valid['unigram_bits_per_byte'],
+    'parameters': parameter_count(program),
+    'bits_per_weight': bits_per_weight(
+      program.abstract.params, program.model.rules
+    ),
+    'steps': config.train.steps,
+    'tokens': config.train.steps * tokens_per_step,
+    'tokens_per_s': float(np.median(speeds)),
+    'seconds': round(seconds, 1),
+  }
+  with metrics.replacing(workdir / SAMPLES) as file:
+    file.write(''.join(json.dumps(s) + '\n' for s in samples).encode())
+  with metrics.replacing(workdir / SUMMARY) as file:
+    file.write((json.dumps(summary, indent=2) + '\n').encode())
+  path = report.write(workdir)
+  metrics.summary_table(log.console, config.name, summary)
+  log.say(f'Report: {path}')

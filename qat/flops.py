@@ -1,0 +1,54 @@
+"""Floating-point operations: what a step needs, and what a device can do."""
+
+import time
+
+import jax
+from jax import numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from qat.quant import rules as rules_lib
+
+
+def train_flops_per_token(config: ConfigDict, params: dict) -> float:
+  """Multiplications and additions of a training step, for one token.
+
+  6 for each weight that takes part in a product (2 forward, 4 backward), and
+  12 * L * d_model * T / 2 for causal attention. An expert layer counts one
+  expert. Recomputation and quantization do not count.
+
+  Args:
+    config: a run's config.
+    params: the (abstract) parameter tree.
+  """
+  weights = config.model.vocab_size * config.model.d_model  # The head.
+  for kernel in rules_lib.kernels(params).values():
+    weights += int(np.prod(kernel.shape[-2:]))
+  attention = (
+    6 * config.model.n_layers * config.model.d_model * config.data.seq_len
+  )
+  return 6 * weights + attention
+
+
+def measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
+  """FLOP/s of bfloat16 products on one device: the best of repeated ones.
+
+  Args:
+    size: of the square matrices; a GPU or TPU gets four times that.
+    seconds: how long to measure.
+  """
+  if jax.default_backend() != 'cpu':
+    size *= 4
+  x = jnp.ones((size, size), jnp.bfloat16)
+  multiply = jax.jit(
+    lambda x: jax.lax.dot(x, x, preferred_element_type=jnp.float32)
+  )
+  multiply(x).block_until_ready()
+  best, end = float('inf'), time.monotonic() + seconds
+  while time.monotonic() < end:
+    start = time.perf_counter()
+    for _ in range(4):
+      y = multiply(x)
+    y.block_until_ready()
+    best = min(best, (time.perf_counter() - start) / 4)
+  return 2 * size**3 / best

@@ -1,0 +1,1 @@
+"""Inference: loading a run, and generating text from it."""

@@ -1,0 +1,246 @@
+"""Causal self-attention: rotary positions, grouped queries, a KV cache."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from jax import lax
+from jax import numpy as jnp
+from ml_collections import FrozenConfigDict
+
+from qat.nn import layers
+from qat.quant import dot
+from qat.quant import rules as rules_lib
+
+# Queries that the blocked form takes at a time; keys after the block are never
+# touched, so small blocks save work and large ones run faster.
+_BLOCK = 128
+
+
+class Cache(NamedTuple):
+  """Keys and values of the positions seen so far: `[B, S, KV, H]` each."""
+
+  keys_BSKH: jax.Array
+  values_BSKH: jax.Array
+
+
+def rotary(x_BTNH: jax.Array, positions_T: jax.Array, theta: float):
+  """Rotates pairs (i, i + H/2) by position * theta^(-2i/H), as LLaMA does.
+
+  Args:
+    x_BTNH: float queries or keys; H is the width of a head.
+    positions_T: int, the position of each of the T tokens.
+    theta: base of the wavelengths.
+
+  Returns:
+    float32 of the same shape.
+  """
+  half = x_BTNH.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions_T.astype(jnp.float32)[:, None] * frequency[None]
+  cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+
+
+class Attention(nn.Module):
+  """Multi-head causal attention; its four projections are `Linear`."""
+
+  config: FrozenConfigDict  # The model section of the config.
+  rules: rules_lib.Rules
+  method: dot.Method
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    positions_T: jax.Array,
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Returns the output `[B, T, D]` and the cache with T more positions."""
+    c = self.config
+    head = c.d_model // c.n_heads
+    linear = functools.partial(layers.Linear, rules=self.rules)
+    inside = c.norm == 'inside'
+    own_eps = c.norm_eps if inside and not c.norm_shared else None
+    read = functools.partial(linear, init_std=c.init_std, norm_eps=own_eps)
+    if own_eps is None:
+      x_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
+    q, k, v = layers.project(
+      x_BTD,
+      [
+        read(c.n_heads * head, name='q'),
+        read(c.n_kv_heads * head, name='k'),
+        read(c.n_kv_heads * head, name='v'),
+      ],
+      self.method,
+    )
+    split = lambda y, heads: y.reshape(*y.shape[:2], heads, head)
+    q_BTNH = rotary(split(q, c.n_heads), positions_T, c.rope_theta)
+    k_BTKH = rotary(split(k, c.n_kv_heads), positions_T, c.rope_theta)
+    q_BTNH = q_BTNH.astype(c.dot_dtype)
+    k_BTKH = k_BTKH.astype(c.dot_dtype)
+    v_BTKH = split(v, c.n_kv_heads).astype(c.dot_dtype)
+    if cache is None:
+      y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
+    else:
+      start = (0, positions_T[0], 0, 0)
+      cache = Cache(
+        lax.dynamic_update_slice(cache.keys_BSKH, k_BTKH, start),
+        lax.dynamic_update_slice(cache.values_BSKH, v_BTKH, start),
+      )
+      y_BTNH = _cached_attention(q_BTNH, cache, positions_T)
+    std = c.init_std
+    if c.init_residual_scale:
+      std /= math.sqrt(2 * c.n_layers)
+    out = linear(
+      c.d_model,
+      init_std=std,
+      norm_eps=c.norm_eps if inside else None,
+      name='o',
+    )
+    y_BTD = y_BTNH.reshape(*x_BTD.shape[:2], -1).astype(x_BTD.dtype)
+    return layers.project(y_BTD, [out], self.method)[0], cache
+
+
+def causal_attention(
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, form: str
+) -> jax.Array:
+  """softmax(q k^T / sqrt(H), causal) v.
+
+  Args:
+    q_BTNH: queries of N heads.
+    k_BTKH: keys of K heads; K divides N.
+    v_BTKH: values.
+    form: 'blocked' (fast on CPUs), 'xla', or 'cudnn' (flash attention).
+
+  Returns:
+    `[B, T, N, H]`.
+  """
+  if form != 'blocked':
+    return jax.nn.dot_product_attention(
+      q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=form
+    )
+  repeat = q_BTNH.shape[2] // k_BTKH.shape[2]
+  k, v = (jnp.repeat(a, repeat, axis=2) for a in (k_BTKH, v_BTKH))
+  heads_first = lambda a: a.transpose(0, 2, 1, 3)
+  return heads_first(
+    _blocked(heads_first(q_BTNH), heads_first(k), heads_first(v))
+  )
+
+
+def choose_form(name: str, platform: str, devices: int) -> str:
+  """Resolves a config's attention='auto' for a platform.
+
+  The blocked form walks over the sequences of a batch and so suits one device
+  that holds the whole batch.
+  """
+  forms = ('auto', 'blocked', 'xla', 'cudnn')
+  if name not in forms:
+    raise ValueError(f'model.attention={name!r}; one of {", ".join(forms)}.')
+  if name != 'auto':
+    return name
+  if platform == 'gpu':
+    return 'cudnn'
+  return 'blocked' if platform == 'cpu' and devices == 1 else 'xla'
+
+
+def _cached_attention(q_BTNH, cache: Cache, positions_T) -> jax.Array:
+  """Attention of T new positions to all cached ones up to themselves."""
+  positions_S = jnp.arange(cache.keys_BSKH.shape[1])
+  mask_11TS = (positions_S[None] <= positions_T[:, None])[None, None]
+  return jax.nn.dot_product_attention(
+    q_BTNH,
+    cache.keys_BSKH,
+    cache.values_BSKH,
+    mask=mask_11TS,
+    implementation='xla',
+  )
+
+
+# The blocked form. One sequence at a time, so that its scores stay in the
+# processor's cache; keys beyond the block's last query are skipped; the
+# backward pass recomputes the scores from the saved log-sum-exp (the scheme of
+# FlashAttention, 2205.14135). Operands are kept in the order in which XLA:CPU
+# multiplies fast: a left operand contracts its last axis.
+
+
+@jax.custom_vjp
+def _blocked(q_BNTH, k_BNTH, v_BNTH):
+  return _blocked_fwd(q_BNTH, k_BNTH, v_BNTH)[0]
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  return [(i, min(i + _BLOCK, length)) for i in range(0, length, _BLOCK)]
+
+
+def _scores(q_NtH, k_NsH, start: int) -> jax.Array:
+  """Masked scores of queries from `start` on with keys from 0 on, float32."""
+  s = jnp.einsum(
+    'nth,nsh->nts', q_NtH, k_NsH, preferred_element_type=jnp.float32
+  ) * (q_NtH.shape[-1] ** -0.5)
+  query = start + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+  key = lax.broadcasted_iota(jnp.int32, s.shape, 2)
+  return jnp.where(key <= query, s, -jnp.inf)
+
+
+def _blocked_fwd(q_BNTH, k_BNTH, v_BNTH):
+  def one(qkv):
+    q, k, v = qkv
+    outputs, lses = [], []
+    for a, b in _blocks(q.shape[1]):
+      s = _scores(q[:, a:b], k[:, :b], a)
+      top = jnp.max(s, -1, keepdims=True)
+      p = jnp.exp(s - top)
+      total = jnp.sum(p, -1, keepdims=True)
+      o = jnp.einsum(
+        'nts,nsh->nth',
+        p.astype(v.dtype),
+        v[:, :b],
+        preferred_element_type=jnp.float32,
+      )
+      outputs.append((o / total).astype(v.dtype))
+      lses.append(top + jnp.log(total))
+    return jnp.concatenate(outputs, 1), jnp.concatenate(lses, 1)
+
+  o, lse = lax.map(one, (q_BNTH, k_BNTH, v_BNTH))
+  return o, (q_BNTH, k_BNTH, v_BNTH, o, lse)
+
+
+def _blocked_bwd(residuals, do_BNTH):
+  q, k, v, o, lse = residuals
+  do = do_BNTH.astype(q.dtype)
+  delta = jnp.sum(
+    do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True
+  )
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  scale = q.shape[-1] ** -0.5
+
+  def one(args):
+    q, k, v, do, lse, delta, q_NHT, do_NHT = args
+    dqs = []
+    dk_NHS = jnp.zeros(q_NHT.shape, jnp.float32)
+    dv_NHS = jnp.zeros(q_NHT.shape, jnp.float32)
+    for a, b in _blocks(q.shape[1]):
+      p = jnp.exp(_scores(q[:, a:b], k[:, :b], a) - lse[:, a:b])
+      dp = product('nth,nsh->nts', do[:, a:b], v[:, :b])
+      ds = (p * (dp - delta[:, a:b]) * scale).astype(q.dtype)
+      p = p.astype(q.dtype)
+      dqs.append(product('nts,nsh->nth', ds, k[:, :b]))
+      dk = product('nht,nts->nhs', q_NHT[..., a:b], ds)
+      dv = product('nht,nts->nhs', do_NHT[..., a:b], p)
+      dk_NHS = dk_NHS.at[..., :b].add(dk)
+      dv_NHS = dv_NHS.at[..., :b].add(dv)
+    grads = (jnp.concatenate(dqs, 1), dk_NHS, dv_NHS)
+    return jax.tree.map(lambda g: g.astype(q.dtype), grads)
+
+  turn = lambda a: jnp.swapaxes(a, -1, -2)
+  dq, dk, dv = lax.map(one, (q, k, v, do, lse, delta, turn(q), turn(do)))
+  return dq, turn(dk), turn(dv)
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)

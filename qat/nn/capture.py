@@ -1,0 +1,71 @@
+"""Each linear layer with its inputs on a batch, for the sensitivity study."""
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from qat.nn import transformer
+from qat.quant import rules as rules_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRecord:
+  """A linear layer, or one expert of a stack, and what it reads.
+
+  Attributes:
+    path: 'block_0/attn/q'; of an expert: 'block_0/ffn/narrow/up/3'.
+    x_MK: the inputs as the layer multiplies them, float32; rows of tokens that
+      go to another expert are zero.
+    latent_KN: the float weights that are trained.
+    quantized_KN: the weights that the forward pass uses.
+  """
+
+  path: str
+  x_MK: jax.Array
+  latent_KN: jax.Array
+  quantized_KN: jax.Array
+
+
+def linear_records(
+  model: transformer.Transformer, params: Any, tokens_BT: jax.Array
+) -> Iterator[LinearRecord]:
+  """Yields a record for every quantized linear layer, in the tree's order.
+
+  The inputs of all layers are computed in one forward pass and held together,
+  in the model's dtype.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    tokens_BT: int32, the calibration batch.
+  """
+  sown = jax.jit(
+    lambda p, t: model.apply({'params': p}, t, mutable=['inputs'])[1]['inputs']
+  )(params, tokens_BT)
+  inputs = {
+    '/'.join(key.key for key in keys[:-1]): leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(sown)
+  }
+  for path, kernel in rules_lib.kernels(params).items():
+    spec = model.rules.find(path)
+    if spec.weight == 'none':
+      continue
+    quantized = jax.jit(lambda w, spec=spec: spec.quantize(w).dequantize())(
+      kernel
+    )
+    x_MK = _rows(inputs[f'{path}/x'])
+    if kernel.ndim == 2:
+      yield LinearRecord(path, x_MK, kernel, quantized)
+      continue
+    layer = path.split('/narrow/')[0]
+    chosen_ME = _rows(inputs[f'{layer}/chosen'])
+    for i, weight_KN in enumerate(kernel):
+      mine_MK = x_MK * chosen_ME[:, i, None]
+      yield LinearRecord(f'{path}/{i}', mine_MK, weight_KN, quantized[i])
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  return x.reshape(-1, x.shape[-1]).astype(jnp.float32)

@@ -1,0 +1,190 @@
+"""RMSNorm, and linear layers that find their quantization rule by path."""
+
+from collections.abc import Sequence
+import functools
+
+import flax.linen as nn
+import jax
+from jax import numpy as jnp
+
+from qat.quant import dot
+from qat.quant import rules as rules_lib
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+  """x / sqrt(mean(x^2) + eps) * gain over the last axis, in float32.
+
+  Keeps only `x` and `gain_D` until the backward pass.
+
+  Args:
+    x: float, `[..., D]`.
+    gain_D: float, `[D]`.
+    eps: added to the mean square.
+
+  Returns:
+    An array of the shape and dtype of `x`.
+  """
+  return _rms_norm_fwd(x, gain_D, eps)[0]
+
+
+def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+  return jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+def _rms_norm_fwd(x, gain_D, eps):
+  x32 = x.astype(jnp.float32)
+  y = x32 * _inverse_rms(x32, eps) * _last_axis(gain_D, x.ndim)
+  return y.astype(x.dtype), (x, gain_D)
+
+
+def _rms_norm_bwd(eps, residuals, dy):
+  x, gain_D = residuals
+  x32, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+  inverse = _inverse_rms(x32, eps)
+  normed = x32 * inverse
+  dgain_D = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+  dnormed = dy * _last_axis(gain_D, x.ndim)
+  projection = jnp.mean(dnormed * normed, -1, keepdims=True)
+  dx = inverse * (dnormed - normed * projection)
+  return dx.astype(x.dtype), dgain_D.astype(gain_D.dtype)
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def _last_axis(gain_D: jax.Array, ndim: int) -> jax.Array:
+  return gain_D.reshape((1,) * (ndim - 1) + gain_D.shape)
+
+
+class RMSNorm(nn.Module):
+  """`rms_norm` with a learnable gain that starts at 1."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gain_D = self.param(
+      'scale', nn.initializers.ones, (x.shape[-1],), jnp.float32
+    )
+    return rms_norm(x, gain_D, self.eps)
+
+
+class Linear(nn.Module):
+  """A projection without bias; its path decides how it is quantized.
+
+  Attributes:
+    features: N, the output width.
+    rules: from layer paths to quantization specs.
+    init_std: of the normal initialization.
+    norm_eps: eps of a norm of its own, or None for a layer without one.
+    experts: the leading size of a stack of matrices; 0 for a single one.
+  """
+
+  features: int
+  rules: rules_lib.Rules
+  init_std: float
+  norm_eps: float | None = None
+  experts: int = 0
+
+  @property
+  def path_name(self) -> str:
+    """The module path as the rules see it: 'block_0/attn/q'."""
+    return '/'.join(self.path)
+
+  @property
+  def spec(self) -> rules_lib.Spec:
+    """How this layer is quantized."""
+    return self.rules.find(self.path_name)
+
+  @nn.compact
+  def weight_and_input(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The latent weight `[K, N]` or `[E, K, N]`, and `x`, normed if it is."""
+    shape = (x.shape[-1], self.features)
+    if self.experts:
+      shape = (self.experts, *shape)
+    kernel = self.param(
+      'kernel', nn.initializers.normal(self.init_std), shape, jnp.float32
+    )
+    if self.norm_eps is not None:
+      x = RMSNorm(self.norm_eps, name='norm')(x)
+    return kernel, x
+
+
+def project(
+  x: jax.Array, linears: Sequence[Linear], method: dot.Method
+) -> list[jax.Array]:
+  """Applies several linear layers to one input.
+
+  The input is quantized once for all layers that have no norm of their own and
+  quantize it alike.
+
+  Args:
+    x: float, `[..., K]`.
+    linears: layers that read `x`, bound to their scope.
+    method: how to multiply.
+
+  Returns:
+    For each layer `[..., N]` of the dtype of `x`; for a stack of experts
+    `[..., E, N]`: each of its matrices applied to every token.
+  """
+  ys, shared = [], {}
+  for linear in linears:
+    weight, normed = linear.weight_and_input(x)
+    if linear.norm_eps is not None:
+      source = dot.make_input(normed, linear.spec)
+    else:
+      key = linear.spec.activation
+      if key not in shared:
+        shared[key] = dot.make_input(normed, linear.spec)
+      source = shared[key]
+    _record(linear, source)
+    y = dot.quantized_dot(source, weight, linear.spec, method)
+    ys.append(y.astype(x.dtype))
+  return ys
+
+
+def project_by_expert(
+  x: jax.Array, linear: Linear, chosen: jax.Array, method: dot.Method
+) -> jax.Array:
+  """Applies to each token the matrix of its expert; the dense reference.
+
+  Args:
+    x: float, `[..., K]`.
+    linear: a stack of E matrices.
+    chosen: bool, `[..., E]`: one expert a token.
+    method: how to multiply.
+
+  Returns:
+    `[..., N]` of the dtype of `x`.
+  """
+  weight_EKN, x = linear.weight_and_input(x)
+  source = dot.make_input(x, linear.spec)
+  _record(linear, source)
+  y = jnp.zeros((*x.shape[:-1], linear.features), jnp.float32)
+  for expert, weight_KN in enumerate(weight_EKN):
+    mine = chosen[..., expert, None]
+    y = y + dot.quantized_dot(
+      _masked(source, mine), weight_KN, linear.spec, method
+    )
+  return y.astype(x.dtype)
+
+
+def _masked(source: dot.Input, mask: jax.Array) -> dot.Input:
+  """The input with the rows of `mask` alone, the others zero."""
+  value = jnp.where(mask, source.value_MK, 0)
+  if source.quantized is None:
+    return dot.Input(value, None)
+  codes = jnp.where(mask, source.quantized.codes, 0).astype(jnp.int8)
+  quantized = source.quantized.__class__(
+    codes, source.quantized.scale, source.quantized.alphabet
+  )
+  return dot.Input(value, quantized)
+
+
+def _record(linear: Linear, source: dot.Input) -> None:
+  """Keeps what the layer multiplies, where a caller asks for 'inputs'."""
+  value = source.value_MK
+  if source.quantized is not None:
+    value = source.quantized.dequantize(value.dtype)
+  linear.sow('inputs', 'x', value)

@@ -1,0 +1,140 @@
+"""The decoder-only language model, and how a config becomes one."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+from jax import numpy as jnp
+from ml_collections import ConfigDict
+from ml_collections import FrozenConfigDict
+
+from qat.nn import attention
+from qat.nn import ffn
+from qat.nn import layers
+from qat.quant import dot
+from qat.quant import rules as rules_lib
+
+
+class Block(nn.Module):
+  """x + attention(x), then x + ffn(x)."""
+
+  config: FrozenConfigDict
+  rules: rules_lib.Rules
+  method: dot.Method
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    positions_T: jax.Array,
+    cache: attention.Cache | None,
+  ) -> tuple[jax.Array, attention.Cache | None]:
+    parts = dict(config=self.config, rules=self.rules, method=self.method)
+    y_BTD, cache = attention.Attention(**parts, name='attn')(
+      x_BTD, positions_T, cache
+    )
+    x_BTD = x_BTD + y_BTD
+    if self.config.ffn == 'decoupled':
+      layer = ffn.DecoupledFFN(**parts, name='ffn')
+    else:
+      layer = ffn.GatedFFN(**parts, width=self.config.d_ff, name='ffn')
+    return x_BTD + layer(x_BTD), cache
+
+
+class Transformer(nn.Module):
+  """LLaMA-style: rotary positions, RMSNorm, gated feed-forward, no biases.
+
+  Embedding, head, norms and router stay in high precision; every other matrix
+  is a `Linear` whose path finds its rule.
+  """
+
+  config: FrozenConfigDict  # The model section of the config.
+  rules: rules_lib.Rules
+  method: dot.Method
+
+  def setup(self):
+    c = self.config
+    self.embed = nn.Embed(
+      c.vocab_size,
+      c.d_model,
+      embedding_init=nn.initializers.normal(c.init_std),
+    )
+    block = Block
+    if c.remat == 'block':
+      block = nn.remat(Block, prevent_cse=True)
+    self.block = [block(c, self.rules, self.method) for _ in range(c.n_layers)]
+    self.final_norm = layers.RMSNorm(c.norm_eps)
+    if not c.tied_embeddings:
+      self.head = self.param(
+        'head',
+        nn.initializers.normal(c.init_std),
+        (c.vocab_size, c.d_model),
+        jnp.float32,
+      )
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    caches: Sequence[attention.Cache] | None = None,
+    start: jax.Array | int = 0,
+  ) -> tuple[jax.Array, list[attention.Cache] | None]:
+    """Hidden states before the head.
+
+    Args:
+      tokens_BT: int token ids.
+      caches: one for each block, to continue from; None to train.
+      start: position of the first token.
+
+    Returns:
+      `[B, T, D]` after the final norm, and the caches with T more positions.
+    """
+    x_BTD = self.embed(tokens_BT).astype(self.config.dtype)
+    positions_T = start + jnp.arange(tokens_BT.shape[1])
+    new_caches = []
+    for i, block in enumerate(self.block):
+      x_BTD, cache = block(
+        x_BTD, positions_T, None if caches is None else caches[i]
+      )
+      new_caches.append(cache)
+    x_BTD = self.final_norm(x_BTD)
+    return x_BTD, None if caches is None else new_caches
+
+  def output_embedding(self) -> jax.Array:
+    """The head's matrix `[V, D]`: the embedding itself where they are tied."""
+    if self.config.tied_embeddings:
+      return self.embed.embedding
+    return self.head
+
+  def logits(self, tokens_BT, caches=None, start=0):
+    """Like `__call__`, with float32 logits `[B, T, V]` for hidden states."""
+    x_BTD, caches = self(tokens_BT, caches, start)
+    logits_BTV = jnp.einsum(
+      'btd,vd->btv',
+      x_BTD.astype(self.config.dot_dtype),
+      self.output_embedding().astype(self.config.dot_dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return logits_BTV, caches
+
+
+def build(config: ConfigDict, platform: str, devices: int) -> Transformer:
+  """The model of a whole config, with every 'auto' resolved.
+
+  Args:
+    config: a run's config.
+    platform: 'cpu', 'gpu' or 'tpu'.
+    devices: size of the mesh.
+  """
+  model = config.model.copy_and_resolve_references().unlock()
+  model.attention = attention.choose_form(model.attention, platform, devices)
+  method = dot.choose_method(
+    model.quantized_dot, model.dot_dtype, platform, config.mesh.fsdp != 1
+  )
+  rules = rules_lib.make_rules(config.quant.rules, config.quant.specs)
+  return Transformer(FrozenConfigDict(model), rules, method)
+
+
+def abstract_params(model: Transformer) -> dict:
+  """Shapes and dtypes of the parameters; allocates nothing."""
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), tokens)['params']

@@ -1,0 +1,107 @@
+"""Schedules of learning rate and weight decay, and the AdamW chain."""
+
+from collections.abc import Callable
+import re
+
+import jax
+from jax import numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def learning_rate(config: ConfigDict, steps: int) -> Schedule:
+  """The learning rate of a step, from a config's `optim` section.
+
+  With t the step, T the number of steps and w the warm-up:
+
+    two_phase  peak * min(t / w, (T - t) / (T - w)), where peak falls by
+               second_peak_ratio at switch_fraction * T (pQuant 2602.22592
+               appendix C and figure 9; "The Era of 1-bit LLMs: Training Tips")
+    cosine     from peak to final_lr_ratio * peak over T - w
+    wsd        constant, then linear to final_lr_ratio * peak over the last
+               decay_fraction * T
+    constant   peak after the warm-up
+
+  Args:
+    config: the `optim` section.
+    steps: T, optimizer steps of the whole run.
+  """
+  peak, warmup = config.peak_lr, config.warmup_steps
+  final = config.final_lr_ratio * peak
+  switch = round(config.switch_fraction * steps)
+
+  def rate(step: jax.Array) -> jax.Array:
+    t = jnp.asarray(step, jnp.float32)
+    if config.schedule == 'two_phase':
+      line = peak * jnp.where(t < switch, 1.0, config.second_peak_ratio)
+      down = line * (steps - t) / (steps - warmup)
+      up = line * t / max(warmup, 1)
+    elif config.schedule == 'cosine':
+      progress = jnp.clip((t - warmup) / (steps - warmup), 0, 1)
+      down = final + (peak - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+      up = peak * t / max(warmup, 1)
+    elif config.schedule == 'wsd':
+      decay = config.decay_fraction * steps
+      left = jnp.clip((steps - t) / decay, 0, 1)
+      down = final + (peak - final) * left
+      up = peak * t / max(warmup, 1)
+    else:
+      down = jnp.full_like(t, peak)
+      up = peak * t / max(warmup, 1)
+    return jnp.where(t < warmup, jnp.minimum(up, down), down)
+
+  return rate
+
+
+def weight_decay(config: ConfigDict, steps: int) -> Schedule:
+  """The weight decay of a step; two values under 'two_phase', else one."""
+  switch = round(config.switch_fraction * steps)
+
+  def decay(step: jax.Array) -> jax.Array:
+    first = jnp.asarray(config.weight_decay, jnp.float32)
+    if config.schedule != 'two_phase':
+      return first
+    return jnp.where(
+      jnp.asarray(step) < switch, first, config.second_weight_decay
+    )
+
+  return decay
+
+
+def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+  """Clipping, Adam, decoupled decay, learning rate: one optax chain.
+
+  The learning rate and the weight decay of the latest update stand in the
+  state's `hyperparams`.
+
+  Args:
+    config: the `optim` section.
+    steps: optimizer steps of the whole run.
+  """
+
+  def decayed(params):
+    def one(keys, _):
+      path = '/'.join(key.key for key in keys)
+      return not re.fullmatch(config.no_decay, path)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+  def adamw(learning_rate, weight_decay):
+    clip = (
+      optax.clip_by_global_norm(config.clip_norm)
+      if config.clip_norm
+      else optax.identity()
+    )
+    return optax.chain(
+      clip,
+      optax.scale_by_adam(config.b1, config.b2, config.eps),
+      optax.add_decayed_weights(weight_decay, decayed),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+
+  return optax.inject_hyperparams(adamw)(
+    learning_rate=learning_rate(config, steps),
+    weight_decay=weight_decay(config, steps),
+  )

@@ -1,0 +1,1 @@
+"""Quantizers and the quantized dot: pure functions on arrays, no flax."""

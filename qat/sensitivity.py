@@ -1,0 +1,445 @@
+"""How much the output of a layer depends on each single weight.
+
+The optimal-brain-surgeon sensitivity of pQuant (arXiv 2602.22592, section 2.3).
+Its equation 1 defines the sensitivity of w_kn, the weight from input k to
+output n, as the error of the layer's outputs when w_kn is set to 0 and the
+other weights of that output are re-optimised for the same inputs X:
+
+  e_kn = min_W' |X W - X W'|^2   subject to   w'_kn = 0
+       = w_kn^2 / [(X^T X)^-1]_kk
+
+Its equation 2, which the paper plots and this file computes, is half of that:
+
+  s_kn = w_kn^2 / (2 [(X^T X)^-1]_kk) = e_kn / 2
+
+so e = 2 s exactly, and every scalar and picture here, being relative to the
+mean of s, is the same for either. (The half belongs to a loss |.|^2 / 2.
+Kernels are [K, N] here and [N, K] in the paper, whose w_ij has j for the
+input.) Before the inversion, `damping` times the mean of X^T X's diagonal is
+added to it, as GPTQ does; e is then the minimum of
+|X W - X W'|^2 + damping * mean * |W - W'|^2.
+
+On exactly binary weights w^2 is one constant: s depends on the input channel
+alone, and part of how even it looks is in the definition. So the latent
+weights are always analysed as well.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+from typing import Protocol
+import zipfile
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qat import metrics
+
+# Bins of log10(s / mean s). What lies outside, zeros too, counts in the bin at
+# that end. A layer whose weights all matter alike is one spike at 0.
+EDGES = np.arange(-8.0, 4.25, 0.25)
+MAP_SIDE = 96  # A picture has at most so many rows and columns.
+KINDS = ('latent', 'quantized')
+
+
+class LinearRecord(Protocol):
+  """One quantized linear layer and inputs of it; see `qat.nn.capture`.
+
+  Attributes:
+    path: of the layer, such as 'block_0/attn/q'; unique.
+    x_MK: the inputs as the layer multiplies them.
+    latent_KN: the weights that the optimizer moves.
+    quantized_KN: the weights that the forward pass multiplies with.
+  """
+
+  path: str
+  x_MK: jax.Array
+  latent_KN: jax.Array
+  quantized_KN: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+  """What is kept of one kernel's K x N sensitivities s.
+
+  Attributes:
+    gini: inequality of s. 0: every weight matters alike; near 1: one does.
+    top1: share of the sum of s that the most sensitive 1 % of weights hold.
+    mean: of s; half the squared output error that a weight is worth.
+    histogram: shares of the weights in the bins of log10(s / mean) at `EDGES`.
+    map_NK: log10(s / mean), outputs x inputs, max-pooled to at most `MAP_SIDE`
+      rows and columns, float16; -inf where s is 0.
+  """
+
+  gini: float
+  top1: float
+  mean: float
+  histogram: np.ndarray
+  map_NK: np.ndarray
+
+
+Analysis = dict[str, dict[str, Stats]]  # path -> 'latent', 'quantized' -> ...
+
+
+@jax.jit
+def inverse_diagonal(x_MK: jax.Array, damping: float) -> jax.Array:
+  """The diagonal of (X^T X + damping * mean diagonal * I)^-1, float32 [K].
+
+  Args:
+    x_MK: inputs of a layer; not all zero.
+    damping: share of the mean diagonal that is added. With none, inputs that
+      depend on each other make a singular matrix and NaN.
+  """
+  x_MK = x_MK.astype(jnp.float32)
+  gram_KK = jnp.matmul(x_MK.T, x_MK, precision=jax.lax.Precision.HIGHEST)
+  mean = jnp.mean(jnp.diagonal(gram_KK))
+  eye_KK = jnp.eye(gram_KK.shape[0], dtype=jnp.float32)
+  # In units of the mean the factorization neither over- nor underflows.
+  lower_KK = jnp.linalg.cholesky(gram_KK / mean + damping * eye_KK)
+  inverse_KK = jax.scipy.linalg.solve_triangular(lower_KK, eye_KK, lower=True)
+  return jnp.sum(inverse_KK**2, axis=0) / mean
+
+
+def scores(w_KN: jax.Array, inverse_K: jax.Array) -> jax.Array:
+  """The sensitivity of every weight: s_KN of pQuant's equation 2.
+
+  Args:
+    w_KN: weights of a linear layer.
+    inverse_K: the inverse's diagonal, from `inverse_diagonal`.
+
+  Returns:
+    s_KN, float32, not negative; squared units of the layer's output.
+  """
+  return w_KN.astype(jnp.float32) ** 2 / (2 * inverse_K[:, None])
+
+
+@jax.jit
+def gini(s_KN: jax.Array) -> jax.Array:
+  """The Gini coefficient of scores that are not negative; 0 if all are 0."""
+  largest = jnp.max(s_KN)
+  ranked_KN = jnp.sort(s_KN.ravel()).reshape(s_KN.shape)
+  ranked_KN = ranked_KN / jnp.where(largest > 0, largest, 1)
+  n = s_KN.size
+  # (2 i - n - 1) / n for i = 1 .. n.
+  place_KN = (2 * jnp.arange(n, dtype=jnp.float32) + (1 - n)) / n
+  total = _sum(ranked_KN)
+  weighted = _sum(place_KN.reshape(s_KN.shape) * ranked_KN)
+  return jnp.where(total > 0, weighted / jnp.where(total > 0, total, 1), 0)
+
+
+@jax.jit
+def top_share(s_KN: jax.Array) -> jax.Array:
+  """The share of the sum of scores that the largest 1 % of them hold.
+
+  1 % is rounded to whole scores and is at least one. Scores that are all 0 are
+  all equal: their largest 1 % hold 1 %.
+  """
+  largest = jnp.max(s_KN)
+  s_KN = jnp.where(largest > 0, s_KN / jnp.where(largest > 0, largest, 1), 1)
+  top = max(1, round(s_KN.size / 100))
+  return jnp.sum(jnp.sort(s_KN.ravel())[-top:]) / _sum(s_KN)
+
+
+@functools.partial(jax.jit, static_argnames='side')
+def max_pool(s_KN: jax.Array, side: int = MAP_SIDE) -> jax.Array:
+  """The largest score of each window, outputs x inputs, as the paper draws it.
+
+  Args:
+    s_KN: scores, not negative.
+    side: rows and columns of the result, at most. The windows of an axis are of
+      one length, as short as that allows; the last may hang over the end.
+  """
+  k, n = s_KN.shape
+  window_k, window_n = -(-k // side), -(-n // side)
+  # Zeros lose against every score, so padding changes no maximum.
+  padded_KN = jnp.pad(s_KN, ((0, -k % window_k), (0, -n % window_n)))
+  windows = padded_KN.reshape(-1, window_k, padded_KN.shape[1])
+  windows = jnp.max(windows, axis=1).reshape(windows.shape[0], -1, window_n)
+  return jnp.max(windows, axis=2).T
+
+
+@jax.jit
+def _sum(s_KN: jax.Array) -> jax.Array:
+  # In two steps: one running float32 sum of 10^7 scores loses three digits.
+  return jnp.sum(jnp.sum(s_KN, axis=1))
+
+
+@jax.jit
+def _stats(s_KN: jax.Array) -> dict[str, jax.Array]:
+  mean = _sum(s_KN) / s_KN.size
+  relative_KN = s_KN / jnp.where(mean > 0, mean, 1)
+  inner = jnp.asarray(10.0 ** EDGES[1:-1], jnp.float32)
+  below = jnp.searchsorted(jnp.sort(relative_KN.ravel()), inner)
+  counts = jnp.diff(below, prepend=0, append=s_KN.size)
+  return {
+    'gini': gini(s_KN),
+    'top1': top_share(s_KN),
+    'mean': mean,
+    'histogram': counts / s_KN.size,
+    'map_NK': jnp.log10(max_pool(relative_KN)).astype(jnp.float16),
+  }
+
+
+def analyse(records: Iterable[LinearRecord], damping: float) -> Analysis:
+  """The sensitivity of every layer, of its latent and its quantized weights.
+
+  A layer that saw no input but zeros has scores of 0.
+
+  Args:
+    records: one of each layer; read one at a time, so that an iterator needs
+      the memory of one layer.
+    damping: share of the mean diagonal that is added before the inversion.
+
+  Returns:
+    path -> 'latent' and 'quantized' -> Stats.
+
+  Raises:
+    ValueError: shapes that do not fit, a path that comes twice, values that are
+      not finite, or inputs that need more damping.
+  """
+  analysis = {}
+  for record in records:
+    _check(record)
+    if record.path in analysis:
+      raise ValueError(f'Two records of {record.path!r}; a layer has one.')
+    if jnp.any(record.x_MK):
+      inverse_K = inverse_diagonal(_pad(record.x_MK), damping)
+      if not jnp.all(jnp.isfinite(inverse_K)):
+        raise ValueError(
+          f'The inputs of {record.path!r} depend on each other too closely for '
+          f'damping {damping}; raise config.sensitivity.damping.'
+        )
+    else:
+      inverse_K = jnp.full(record.x_MK.shape[1], jnp.inf)
+    analysis[record.path] = {
+      kind: _to_host(_stats(scores(w_KN, inverse_K)))
+      for kind, w_KN in (
+        ('latent', record.latent_KN),
+        ('quantized', record.quantized_KN),
+      )
+    }
+  return analysis
+
+
+def scalars(analysis: Analysis) -> dict[str, float]:
+  """The numbers of an analysis, under the keys of metrics.jsonl."""
+  return {
+    f'sensitivity/{kind}/{name}/{path}': getattr(stats, name)
+    for path, kinds in analysis.items()
+    for kind, stats in kinds.items()
+    for name in ('gini', 'top1')
+  }
+
+
+def save(workdir: Path, step: int, analysis: Analysis) -> None:
+  """Writes sensitivity/<step>.json (numbers) and <step>.npz (maps).
+
+  Args:
+    workdir: folder of the run.
+    step: optimizer steps the weights have taken.
+    analysis: from `analyse`.
+  """
+  folder = Path(workdir) / 'sensitivity'
+  folder.mkdir(exist_ok=True)
+  numbers = {
+    'step': step,
+    'edges': EDGES.tolist(),
+    'linears': {
+      path: {kind: _numbers(stats) for kind, stats in kinds.items()}
+      for path, kinds in analysis.items()
+    },
+  }
+  maps = {
+    f'{kind}/{path}': stats.map_NK
+    for path, kinds in analysis.items()
+    for kind, stats in kinds.items()
+  }
+  # The .json comes last: where it stands, both files are whole.
+  with metrics.replacing(folder / f'{step}.npz') as file:
+    np.savez_compressed(file, **maps)
+  with metrics.replacing(folder / f'{step}.json') as file:
+    file.write(json.dumps(numbers, allow_nan=False).encode())
+
+
+def steps(workdir: Path) -> list[int]:
+  """The steps of a run that have a saved analysis, in order."""
+  names = (p.stem for p in (Path(workdir) / 'sensitivity').glob('*.json'))
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def load(workdir: Path, step: int) -> Analysis:
+  """What `save` wrote.
+
+  Args:
+    workdir: folder of the run.
+    step: one of `steps(workdir)`.
+
+  Raises:
+    FileNotFoundError: there is no such analysis.
+    ValueError: a file is damaged; the message names it.
+  """
+  path = Path(workdir) / 'sensitivity' / f'{step}.json'
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'No sensitivity of step {step} in {workdir}; there are {steps(workdir)}.'
+    )
+  try:
+    linears = json.loads(path.read_bytes())['linears']
+    with (
+      path.with_suffix('.npz').open('rb') as file,
+      np.load(file, allow_pickle=False) as maps,
+    ):
+      return {
+        name: {
+          kind: _from_numbers(kinds[kind], maps[f'{kind}/{name}'])
+          for kind in KINDS
+        }
+        for name, kinds in linears.items()
+      }
+  except _DAMAGE as error:
+    raise ValueError(
+      f'{path} or the .npz beside it is damaged: {error}. Delete both to go on '
+      'without them.'
+    ) from error
+
+
+def figure(analysis: Analysis, paths: Iterable[str], out_png: Path) -> None:
+  """Draws maps as pQuant's figures 2 and 5a do: log sensitivity, max-pooled.
+
+  One row a layer: latent weights on the left, quantized ones on the right, all
+  in the colours of one scale, so that rows and columns can be compared.
+
+  Args:
+    analysis: from `analyse` or `load`.
+    paths: the layers to draw.
+    out_png: where the picture is written.
+
+  Raises:
+    ValueError: a path that was not analysed, or no path at all.
+  """
+  # Here because a training run, which imports this file, draws nothing.
+  from matplotlib import figure as mpl_figure
+
+  paths = list(paths)
+  for path in paths:
+    if path not in analysis:
+      raise ValueError(
+        f'No sensitivity of {path!r}; there is that of {sorted(analysis)}.'
+      )
+  if not paths:
+    raise ValueError('No paths to draw.')
+  low, high = color_range([analysis[p][k] for p in paths for k in KINDS])
+  picture = mpl_figure.Figure(
+    figsize=(8, 3.2 * len(paths)), dpi=150, layout='constrained'
+  )
+  axes = picture.subplots(len(paths), len(KINDS), squeeze=False)
+  for row, path in zip(axes, paths, strict=True):
+    for axis, kind in zip(row, KINDS, strict=True):
+      stats = analysis[path][kind]
+      image = axis.imshow(
+        np.maximum(stats.map_NK.astype(np.float32), low),
+        cmap='magma',
+        vmin=low,
+        vmax=high,
+        aspect='auto',
+        interpolation='nearest',
+      )
+      axis.set(xticks=[], yticks=[])
+      axis.set_xlabel('inputs')
+      axis.set_ylabel('outputs')
+      axis.set_title(
+        f'{path}, {kind}\nGini {stats.gini:.2f}, '
+        f'top 1 % holds {100 * stats.top1:.0f} %',
+        fontsize=9,
+        parse_math=False,
+      )
+  picture.colorbar(image, ax=axes, label='log10(sensitivity / mean)')
+  picture.savefig(out_png)
+
+
+def color_range(stats: Iterable[Stats]) -> tuple[float, float]:
+  """One range of log10(s / mean) that shows several maps; low < high."""
+  values = np.concatenate([s.map_NK.ravel() for s in stats]).astype(np.float32)
+  values = values[np.isfinite(values)]
+  if not values.size:
+    return -1.0, 1.0
+  # The faintest windows would stretch the scale over noise.
+  low, high = np.percentile(values, 1), values.max()
+  return float(low), float(max(high, low + 0.1))
+
+
+_DAMAGE = (
+  AttributeError,
+  EOFError,
+  FileNotFoundError,
+  KeyError,
+  NotImplementedError,
+  RecursionError,
+  TypeError,
+  ValueError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+
+
+def _check(record: LinearRecord) -> None:
+  k = record.x_MK.shape[-1]
+  if record.latent_KN.shape != record.quantized_KN.shape or (
+    record.x_MK.ndim,
+    record.latent_KN.ndim,
+    record.latent_KN.shape[0],
+  ) != (2, 2, k):
+    raise ValueError(
+      f'{record.path!r}: inputs {record.x_MK.shape}, latent weights '
+      f'{record.latent_KN.shape} and quantized weights '
+      f'{record.quantized_KN.shape} are not [M, K], [K, N] and [K, N].'
+    )
+  for name in ('x_MK', 'latent_KN', 'quantized_KN'):
+    if not jnp.all(jnp.isfinite(getattr(record, name))):
+      raise ValueError(
+        f'{record.path!r}: {name} has values that are not finite.'
+      )
+
+
+def _pad(x_MK: jax.Array) -> jax.Array:
+  # Experts see different numbers of tokens; rows of zeros change no product and
+  # keep the number of shapes that are compiled small.
+  rows = 1 << (x_MK.shape[0] - 1).bit_length()
+  return jnp.pad(x_MK, ((0, rows - x_MK.shape[0]), (0, 0)))
+
+
+def _to_host(stats: dict[str, jax.Array]) -> Stats:
+  host: dict[str, Any] = jax.device_get(stats)
+  for name in ('gini', 'top1', 'mean'):
+    host[name] = float(host[name])
+  return Stats(**host)
+
+
+def _numbers(stats: Stats) -> dict[str, Any]:
+  return {
+    'gini': stats.gini,
+    'top1': stats.top1,
+    'mean': stats.mean,
+    'histogram': stats.histogram.tolist(),
+  }
+
+
+def _from_numbers(numbers: Mapping[str, Any], map_NK: np.ndarray) -> Stats:
+  histogram = np.asarray(numbers['histogram'], np.float32)
+  if histogram.shape != (len(EDGES) - 1,):
+    raise ValueError(f'a histogram of {histogram.shape} bins')
+  if map_NK.ndim != 2 or max(map_NK.shape) > MAP_SIDE:
+    raise ValueError(f'a map of shape {map_NK.shape}')
+  return Stats(
+    gini=float(numbers['gini']),
+    top1=float(numbers['top1']),
+    mean=float(numbers['mean']),
+    histogram=histogram,
+    map_NK=map_NK,
+  )

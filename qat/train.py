@@ -1,0 +1,308 @@
+"""A run, read from top to bottom: data, program, state, loop, report."""
+
+from collections.abc import Callable
+import contextlib
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+import numpy as np
+
+from qat import checkpoint
+from qat import config as config_lib
+from qat import evaluate
+from qat import finish
+from qat import flops
+from qat import guard
+from qat import health
+from qat import metrics
+from qat import sharding
+from qat import step as step_lib
+from qat.data import dataset as dataset_lib
+from qat.data import loader as loader_lib
+from qat.data import prepare
+
+
+class NonFiniteError(RuntimeError):
+  """A loss or a gradient was not finite; the message names the place."""
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+  """Trains, from where `workdir` stands to `config.train.steps`.
+
+  Args:
+    config: a locked config.
+    workdir: folder of the run; made if it is not there.
+
+  Returns:
+    The exit code: 0 when complete, 143 or 130 after a signal.
+
+  Raises:
+    ConfigError: an impossible config, or another than the run's own.
+    LockedError: another process writes to `workdir`.
+    NonFiniteError: the last good checkpoint is kept.
+  """
+  primary = jax.process_index() == 0
+  started = time.monotonic()
+  config_lib.check(
+    config, devices=jax.device_count(), processes=jax.process_count()
+  )
+  if (workdir / 'config.json').exists():
+    old = config_lib.load(workdir)
+    config_lib.refuse_changes(old, config, str(workdir))
+  workdir.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    enter = stack.enter_context
+    if primary:
+      enter(guard.lock(workdir))
+    interrupts = enter(guard.Interrupts())
+
+    # 1. What needs no state, and loses nothing when it is interrupted.
+    with interrupts.nothing_to_lose():
+      dataset = open_dataset(config)
+      loader = enter(contextlib.closing(_open_loader(config, dataset)))
+      mesh = sharding.make_mesh(config.mesh)
+      with guard.time_limit('compiling', config.train.timeout_s):
+        program = step_lib.compile_program(config, mesh)
+      eval_step = evaluate.make_eval_step(config, program.model, mesh)
+      peak = flops.measured_peak() * mesh.size
+    if primary:
+      with metrics.replacing(workdir / 'config.json') as file:
+        file.write(config_lib.to_json(config).encode())
+
+    # 2. Where the state comes from; the first that applies:
+    #    the newest good checkpoint of this workdir, or fresh parameters.
+    checkpoints = enter(
+      checkpoint.Checkpointer(
+        workdir / 'checkpoints',
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        timeout_s=config.checkpoint.timeout_s,
+      )
+    )
+    restored = checkpoints.restore(program.abstract)
+    if restored is None:
+      first, state, seconds_before = 0, program.init(), 0.0
+    else:
+      first, state = restored.step, restored.state
+      loader.restore(restored.extra['data'])
+      seconds_before = restored.extra['seconds']
+    log = enter(
+      metrics.Logger(
+        workdir,
+        total_steps=config.train.steps,
+        first_step=first,
+        primary=primary,
+      )
+    )
+    log.say(finish.introduction(program, peak))
+    if first:
+      log.say(f'Going on from step {first} in {workdir}.')
+
+    # 3. The loop. What a step measured is read while the next one runs, so
+    #    that the device never waits; before anything looks at the state, the
+    #    newest measurements are read too, so that no state is saved or
+    #    evaluated that came out of a step gone wrong.
+    meter = _Meter(program, peak, first)
+    late = None
+    evaluated = {}
+    for step in range(first + 1, config.train.steps + 1):
+      with guard.time_limit('the next batch', config.data.timeout_s):
+        batch = evaluate.put(next(loader), mesh)
+      done = step == config.train.steps
+      look = done or step % config.train.health_every == 0
+      if look:
+        codes = health.codes(state.params, program.model.rules)
+      state, measured = program.train_step(state, batch)
+      routers = health.routers(measured.pop('router'))
+      if look:
+        measured |= routers
+        measured |= health.measure(state.params, codes, program.model.rules)
+      settle = lambda late: _settle(*late, state, program, log, meter)  # noqa: B023
+      if late:
+        settle(late)
+      late = step, measured, batch
+
+      stop = _stop_requested(interrupts, step, config.train.log_every)
+      evaluates = done or step % config.eval.every == 0
+      saves = done or stop or step % config.checkpoint.every == 0
+      studies = _divides(config.sensitivity.every, step)
+      if not (evaluates or saves or studies):
+        continue
+      settle(late)
+      late = None
+      with meter.pause():
+        if evaluates:
+          evaluated = evaluate.evaluate(
+            eval_step, state.params, config, dataset, mesh
+          )
+          log.scalars(step, evaluated)
+        if studies:
+          finish.study(program, state.params, dataset, workdir, log, step)
+        if saves:
+          seconds = seconds_before + time.monotonic() - started
+          checkpoints.save(
+            step, state, {'data': loader.state(), 'seconds': seconds}
+          )
+        checkpoints.poll()
+      if stop and not done:
+        checkpoints.wait()
+        log.say(f'{stop}: step {step} is saved; the same command goes on.')
+        return interrupts.exit_code()
+    checkpoints.wait()
+
+    # 4. What a finished run leaves.
+    if not evaluated:  # It was complete when it was started again.
+      evaluated = evaluate.evaluate(
+        eval_step, state.params, config, dataset, mesh
+      )
+    seconds = seconds_before + time.monotonic() - started
+    finish.finish(
+      program, state.params, dataset, workdir, log, evaluated, seconds
+    )
+  return 0
+
+
+def open_dataset(config: ConfigDict) -> dataset_lib.Dataset:
+  """The data set of a config; the embedded one is prepared on first use."""
+  path = config.data.dataset
+  if path == 'austen':
+    path = prepare.ensure_embedded(
+      config.data.cache_dir, config.model.vocab_size
+    )
+  dataset = dataset_lib.open_dataset(path)
+  config_lib.check_tokenizer(config, dataset.vocab_size, str(path))
+  return dataset
+
+
+def _open_loader(
+  config: ConfigDict, dataset: dataset_lib.Dataset
+) -> loader_lib.TrainLoader:
+  return loader_lib.TrainLoader(
+    dataset.path,
+    seq_len=config.data.seq_len,
+    batch_size=config.data.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    workers=config.data.workers,
+    threads=config.data.threads,
+  )
+
+
+def _divides(every: int, step: int) -> bool:
+  return bool(every) and step % every == 0
+
+
+def _stop_requested(
+  interrupts: guard.Interrupts, step: int, every: int
+) -> str | None:
+  """The signal that asked for the end; all processes agree on it."""
+  if jax.process_count() == 1:
+    return interrupts.requested
+  if step % every:
+    return None
+  mine = np.int32(interrupts.requested is not None)
+  if multihost_utils.process_allgather(mine).any():
+    return interrupts.requested or 'A signal to another process'
+  return None
+
+
+class _Meter:
+  """Speed and time left, with pauses (evaluation, saving) left out."""
+
+  def __init__(self, program: step_lib.Program, peak: float, first: int):
+    c = program.config
+    self.tokens_per_step = c.data.batch_size * c.data.seq_len
+    self._flops_per_token = flops.train_flops_per_token(
+      c, program.abstract.params
+    )
+    self._peak, self._total = peak, c.train.steps
+    self._last, self._since = first, time.monotonic()
+
+  @contextlib.contextmanager
+  def pause(self):
+    """Leaves the time of the body out."""
+    begin = time.monotonic()
+    yield
+    self._since += time.monotonic() - begin
+
+  def read(self, step: int) -> dict[str, float]:
+    """The log's speeds since the last call, at `step`."""
+    now = time.monotonic()
+    seconds_per_step = (now - self._since) / max(1, step - self._last)
+    self._last, self._since = step, now
+    tokens_per_s = self.tokens_per_step / seconds_per_step
+    flops_per_s = tokens_per_s * self._flops_per_token
+    return {
+      'train/tokens': step * self.tokens_per_step,
+      'train/tokens_per_s': tokens_per_s,
+      'train/eta_s': (self._total - step) * seconds_per_step,
+      'train/flops_per_s': flops_per_s,
+      'train/flops_share': flops_per_s / self._peak,
+    }
+
+
+def _settle(
+  step: int,
+  measured: dict[str, jax.Array],
+  batch: step_lib.Batch,
+  state: step_lib.State,
+  program: step_lib.Program,
+  log: metrics.Logger,
+  meter: _Meter,
+) -> None:
+  """Waits for a step's measurements; logs them where that is due."""
+  config = program.config
+  with guard.time_limit(f'step {step}', config.train.timeout_s):
+    healthy = bool(measured['healthy'])
+  if not healthy:
+    raise NonFiniteError(
+      f'Step {step}: loss {float(measured["train/loss"])}, gradient norm'
+      f' {float(measured["train/grad_norm"])}.'
+      f' {_diagnose(program, state.params, batch)} The parameters are those'
+      f' before step {step}; the checkpoints are untouched. Lower'
+      ' config.optim.peak_lr, or lower config.optim.clip_norm, and go on in a'
+      ' new workdir.'
+    )
+  values = {k: v for k, v in measured.items() if k != 'healthy'}
+  if step % config.train.log_every and step != config.train.steps:
+    values = {k: v for k, v in values.items() if k.startswith('health/')}
+    if values:
+      log.scalars(step, jax.device_get(values))
+    return
+  values = jax.device_get(values) | meter.read(step)
+  log.scalars(step, values)
+  log.progress(
+    step,
+    loss=values['train/loss'],
+    tokens_per_s=values['train/tokens_per_s'],
+    eta_s=values['train/eta_s'],
+  )
+
+
+def _diagnose(
+  program: step_lib.Program, params: Any, batch: step_lib.Batch
+) -> str:
+  """Runs a step's forward and backward pass again, and names a culprit."""
+  model = program.model
+
+  def forward(params, batch):
+    return model.apply(
+      {'params': params}, batch['tokens'], capture_intermediates=True
+    )[1]['intermediates']
+
+  def gradient(params, batch):
+    loss = lambda p: step_lib.loss_sum(
+      model, program.config, program.mesh, p, batch
+    )[0]
+    return jax.grad(loss)(params)
+
+  with jax.set_mesh(program.mesh):
+    return health.first_non_finite(
+      jax.jit(forward), jax.jit(gradient), params, batch
+    )

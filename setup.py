@@ -1,0 +1,54 @@
+"""Metadata, dependencies and extras of `qat`; exact versions: constraints.txt.
+
+A lower bound is where support begins; the tests run on the exact versions.
+"""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+REQUIRED = [
+  'absl-py>=2.1',  # Flags and logging of the command line.
+  'array-record>=0.8',  # Token shards.
+  'etils[epath]>=1.9',  # Paths, as the checkpointer takes them.
+  'flax>=0.12',
+  'grain>=0.2.15',  # The loader: resumable, in processes or threads.
+  'jax>=0.10',
+  'matplotlib>=3.9',  # Pictures as files.
+  'ml_collections>=1.0',
+  'numpy>=2.0',
+  'optax>=0.2.6',
+  'orbax-checkpoint>=0.12',
+  'plotly>=6.0',  # Pictures in the report.
+  'pyarrow>=18',  # Parquet files of documents.
+  'rich>=13.9',  # Progress and tables in the terminal.
+  'tensorboardX>=2.6.2',
+  'tokenizers>=0.21',
+  'zstandard>=0.23',  # Compressed corpora.
+]
+
+EXTRAS = {
+  'gpu': ['jax[cuda13]'],
+  'tpu': ['jax[tpu]'],
+  'hf': ['datasets>=4.0', 'huggingface-hub>=1.0', 'safetensors>=0.6'],
+  'test': ['hypothesis>=6.100', 'ml_dtypes>=0.5', 'pytest>=9.0', 'ruff>=0.14'],
+}
+
+setuptools.setup(
+  name='qat',
+  version='0.1.0',
+  description='Pretraining of language models with extremely low-bit weights',
+  long_description=(HERE / 'README.md').read_text('utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(
+    include=['qat', 'qat.*', 'pallas_kernels*', 'configs*']
+  ),
+  package_data={'qat': ['data/corpus/*', '*.html', '*.css', '*.js']},
+  install_requires=REQUIRED,
+  extras_require=EXTRAS,
+)

@@ -1,0 +1,410 @@
+from typing import NamedTuple
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qat import sensitivity
+
+
+class Record(NamedTuple):
+  path: str
+  x_MK: jax.Array
+  latent_KN: jax.Array
+  quantized_KN: jax.Array
+
+
+def random(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape)
+
+
+def inputs(m, k, seed=0):
+  """Correlated inputs whose channels differ in size, as activations do."""
+  x_MK = random(m, k, seed=seed) @ (np.eye(k) + 0.3 * random(k, k, seed=seed))
+  return x_MK * np.exp(random(k, seed=seed + 1))
+
+
+def record(path='block_0/attn/q', m=64, k=24, n=12, seed=0):
+  w_KN = random(k, n, seed=seed + 2)
+  return Record(
+    path,
+    jnp.float32(inputs(m, k, seed)),
+    jnp.float32(w_KN),
+    jnp.float32(np.sign(w_KN) * np.abs(w_KN).mean()),
+  )
+
+
+def slow_scores(x_MK, w_KN, damping):
+  """Equation 2 in float64, with an explicit inverse."""
+  gram_KK = x_MK.T @ x_MK
+  gram_KK += damping * np.mean(np.diag(gram_KK)) * np.eye(len(gram_KK))
+  return w_KN**2 / (2 * np.diag(np.linalg.inv(gram_KK))[:, None])
+
+
+def defined_error(x_MK, w_KN, k, n, damping):
+  """Equation 1 by least squares: the least error when w_kn has to be 0.
+
+  The damping is `damping * mean` times the squared change of the weights; as
+  rows of X, it needs no formula of its own.
+  """
+  mean = np.mean(np.sum(x_MK**2, axis=0))
+  ridge_KK = np.sqrt(damping * mean) * np.eye(len(w_KN))
+  rows = np.concatenate([x_MK, ridge_KK])
+  target = rows @ w_KN[:, n]
+  free = np.delete(rows, k, axis=1)
+  solution = np.linalg.lstsq(free, target, rcond=None)[0]
+  return np.sum((free @ solution - target) ** 2)
+
+
+def fast_scores(x_MK, w_KN, damping):
+  inverse_K = sensitivity.inverse_diagonal(jnp.float32(x_MK), damping)
+  return sensitivity.scores(jnp.float32(w_KN), inverse_K)
+
+
+def slow_gini(s):
+  s = np.asarray(s, np.float64).ravel()
+  differences = np.abs(s[:, None] - s[None, :]).sum()
+  return differences / (2 * s.size * s.sum())
+
+
+@pytest.mark.parametrize('m, k, n', [(64, 16, 8), (512, 96, 33), (8, 24, 5)])
+@pytest.mark.parametrize('damping', [0.01, 0.1])
+def test_scores_are_equation_2_in_float64(m, k, n, damping):
+  x_MK, w_KN = inputs(m, k), random(k, n)
+  np.testing.assert_allclose(
+    fast_scores(x_MK, w_KN, damping),
+    slow_scores(x_MK, w_KN, damping),
+    rtol=2e-4,
+  )
+
+
+@pytest.mark.parametrize('damping', [0.0, 0.01])
+def test_equation_1_is_twice_equation_2(damping):
+  x_MK, w_KN = inputs(20, 6), random(6, 3)
+  error_KN = np.array(
+    [
+      [defined_error(x_MK, w_KN, k, n, damping) for n in range(3)]
+      for k in range(6)
+    ]
+  )
+  np.testing.assert_allclose(
+    error_KN, 2 * slow_scores(x_MK, w_KN, damping), rtol=1e-9
+  )
+  np.testing.assert_allclose(
+    error_KN, 2 * fast_scores(x_MK, w_KN, damping), rtol=1e-4
+  )
+
+
+def test_scores_follow_the_scale_of_inputs_and_weights():
+  x_MK, w_KN = inputs(64, 16), random(16, 8)
+  base = fast_scores(x_MK, w_KN, 0.01)
+  for scale in (1e-6, 1e6):
+    # Squares of 1e6 over 64 tokens: the Gram matrix's entries reach 1e14.
+    np.testing.assert_allclose(
+      fast_scores(scale * x_MK, w_KN, 0.01), base * scale**2, rtol=1e-4
+    )
+  np.testing.assert_allclose(
+    fast_scores(x_MK, 3 * w_KN, 0.01), 9 * base, rtol=1e-4
+  )
+
+
+def test_binary_weights_differ_by_input_channel_only():
+  s_KN = fast_scores(inputs(64, 16), 0.1 * np.sign(random(16, 8)), 0.01)
+  assert jnp.all(s_KN == s_KN[:, :1])
+  assert len(np.unique(s_KN[:, 0])) == 16
+
+
+@hypothesis.given(
+  # Few shapes: each one compiles.
+  st.sampled_from([(1, 1), (1, 9), (12, 8), (20, 30)]),
+  st.sampled_from(['normal', 'heavy', 'sparse', 'equal']),
+  st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=40)
+def test_scalars_agree_with_their_definitions(shape, kind, seed):
+  k, n = shape
+  s_KN = random(k, n, seed=seed) ** 2
+  s_KN = {
+    'normal': s_KN,
+    'heavy': np.exp(4 * s_KN),
+    'sparse': np.where(s_KN > 0.5, s_KN, 0),
+    'equal': np.full_like(s_KN, 0.7),
+  }[kind]
+  hypothesis.assume(s_KN.sum() > 0)
+  np.testing.assert_allclose(
+    sensitivity.gini(jnp.float32(s_KN)), slow_gini(s_KN), atol=1e-5
+  )
+  top = max(1, round(k * n / 100))
+  share = np.sort(s_KN.ravel())[-top:].sum() / s_KN.sum()
+  np.testing.assert_allclose(
+    sensitivity.top_share(jnp.float32(s_KN)), share, rtol=1e-5
+  )
+
+
+def test_scalars_of_many_scores_keep_their_digits():
+  s_KN = np.exp(2 * random(1500, 2000))
+  ranked = np.sort(s_KN.ravel())
+  place = 2 * np.arange(1, ranked.size + 1) - ranked.size - 1
+  gini = (place * ranked).sum() / (ranked.size * ranked.sum())
+  top = ranked[-ranked.size // 100 :].sum() / ranked.sum()
+  s_KN = jnp.float32(s_KN)
+  np.testing.assert_allclose(sensitivity.gini(s_KN), gini, atol=1e-4)
+  np.testing.assert_allclose(sensitivity.top_share(s_KN), top, rtol=1e-4)
+
+
+def test_extremes_of_the_scalars():
+  equal, none = jnp.ones((20, 30)), jnp.zeros((20, 30))
+  single = none.at[3, 4].set(1e-30)
+  for s_KN, gini, top1 in (
+    (equal, 0, 6 / 600),
+    (none, 0, 6 / 600),
+    (single, 599 / 600, 1),
+  ):
+    np.testing.assert_allclose(sensitivity.gini(s_KN), gini, atol=1e-6)
+    np.testing.assert_allclose(sensitivity.top_share(s_KN), top1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'k, n, side', [(4, 4, 8), (96, 96, 96), (97, 200, 96), (10, 7, 4), (1, 5, 3)]
+)
+def test_max_pooling_takes_the_largest_of_each_window(k, n, side):
+  s_KN = random(k, n) ** 2
+  map_NK = np.asarray(sensitivity.max_pool(jnp.float32(s_KN), side))
+  assert max(map_NK.shape) <= side
+  window_k, window_n = -(-k // side), -(-n // side)
+  expected = [
+    [s_KN[i : i + window_k, j : j + window_n].max()
+     for i in range(0, k, window_k)]
+    for j in range(0, n, window_n)
+  ]  # fmt: skip
+  np.testing.assert_allclose(map_NK, expected, rtol=1e-6)
+
+
+def test_an_analysis_describes_both_kinds_of_weights():
+  layer = record()
+  stats = sensitivity.analyse([layer], 0.01)['block_0/attn/q']
+  for kind, w_KN in (
+    ('latent', layer.latent_KN),
+    ('quantized', layer.quantized_KN),
+  ):
+    s_KN = slow_scores(
+      np.float64(layer.x_MK), np.asarray(w_KN, np.float64), 0.01
+    )
+    got = stats[kind]
+    np.testing.assert_allclose(got.gini, slow_gini(s_KN), rtol=1e-3)
+    np.testing.assert_allclose(got.mean, s_KN.mean(), rtol=1e-3)
+    relative = np.log10(s_KN / s_KN.mean())
+    counts, _ = np.histogram(
+      np.clip(relative, -7.99, 3.99), bins=sensitivity.EDGES
+    )
+    # A score on an edge may fall to either side of it in float32.
+    np.testing.assert_allclose(
+      got.histogram * s_KN.size, counts, atol=1.01, rtol=0
+    )
+    np.testing.assert_allclose(got.histogram.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+      got.map_NK.astype(np.float64), relative.T, atol=5e-3
+    )
+  assert stats['quantized'].gini < stats['latent'].gini
+
+
+def test_an_outlier_weight_stands_out():
+  layer = record(k=192, n=200)
+  latent_KN = layer.latent_KN.at[150, 20].set(100.0)
+  stats = sensitivity.analyse([layer._replace(latent_KN=latent_KN)], 0.01)
+  map_NK = stats[layer.path]['latent'].map_NK
+  # Windows of 3 outputs (200 / 96, rounded up) and 2 inputs.
+  assert map_NK.shape == (67, 96)
+  assert np.unravel_index(map_NK.argmax(), map_NK.shape) == (6, 75)
+
+
+DEGENERATE = {
+  'zero inputs': lambda r: r._replace(x_MK=jnp.zeros_like(r.x_MK)),
+  'no inputs': lambda r: r._replace(x_MK=r.x_MK[:0]),
+  'a zero channel': lambda r: r._replace(x_MK=r.x_MK.at[:, 3].set(0)),
+  'one channel lives': lambda r: r._replace(x_MK=r.x_MK.at[:, 1:].set(0)),
+  'equal channels': lambda r: r._replace(
+    x_MK=jnp.broadcast_to(r.x_MK[:, :1], r.x_MK.shape)
+  ),
+  'equal tokens': lambda r: r._replace(
+    x_MK=jnp.broadcast_to(r.x_MK[:1], r.x_MK.shape)
+  ),
+  'constant inputs': lambda r: r._replace(x_MK=jnp.ones_like(r.x_MK)),
+  'one token': lambda r: r._replace(x_MK=r.x_MK[:1]),
+  'zero weights': lambda r: r._replace(quantized_KN=0 * r.quantized_KN),
+  'constant weights': lambda r: r._replace(
+    quantized_KN=jnp.ones_like(r.quantized_KN)
+  ),
+  'zero rows and columns': lambda r: r._replace(
+    latent_KN=r.latent_KN.at[2].set(0).at[:, 5].set(0)
+  ),
+  'an outlier channel': lambda r: r._replace(x_MK=r.x_MK.at[:, 0].mul(1e4)),
+}
+
+
+@pytest.mark.parametrize('name', DEGENERATE)
+def test_degenerate_layers_give_finite_numbers(name, tmp_path):
+  layer = DEGENERATE[name](record())
+  analysis = sensitivity.analyse([layer], 0.01)
+  for stats in analysis[layer.path].values():
+    assert 0 <= stats.gini < 1
+    assert 0 < stats.top1 <= 1
+    assert np.isfinite(stats.mean) and stats.mean >= 0
+    np.testing.assert_allclose(stats.histogram.sum(), 1, rtol=1e-6)
+    assert not np.any(np.isnan(stats.map_NK))
+    assert not np.any(stats.map_NK == np.inf)
+  sensitivity.save(tmp_path, 0, analysis)
+  sensitivity.figure(analysis, [layer.path], tmp_path / 'map.png')
+
+
+def test_experts_with_other_numbers_of_tokens_are_not_affected_by_padding():
+  layer = record(m=37)
+  padded = layer._replace(x_MK=jnp.pad(layer.x_MK, ((0, 91), (0, 0))))
+  a, b = (sensitivity.analyse([r], 0.01)[r.path] for r in (layer, padded))
+  for kind in sensitivity.KINDS:
+    np.testing.assert_allclose(a[kind].gini, b[kind].gini, rtol=1e-5)
+    np.testing.assert_allclose(a[kind].mean, b[kind].mean, rtol=1e-5)
+
+
+def test_bfloat16_weights_are_welcome():
+  layer = record()
+  half = layer._replace(latent_KN=layer.latent_KN.astype(jnp.bfloat16))
+  a, b = (
+    sensitivity.analyse([r], 0.01)[r.path]['latent'] for r in (layer, half)
+  )
+  np.testing.assert_allclose(a.gini, b.gini, rtol=1e-2)
+
+
+def test_too_little_damping_is_an_error_that_says_so():
+  layer = DEGENERATE['equal channels'](record())
+  with pytest.raises(ValueError, match='attn/q.*0.0; raise config.sensitivity'):
+    sensitivity.analyse([layer], 0.0)
+
+
+@pytest.mark.parametrize('name', ['x_MK', 'latent_KN', 'quantized_KN'])
+def test_values_that_are_not_finite_are_named(name):
+  layer = record()
+  broken = layer._replace(**{name: getattr(layer, name).at[1, 2].set(np.nan)})
+  with pytest.raises(ValueError, match=f'block_0/attn/q.*{name}.*not finite'):
+    sensitivity.analyse([broken], 0.01)
+
+
+def test_shapes_that_do_not_fit_are_named():
+  layer = record()
+  for broken in (
+    layer._replace(x_MK=layer.x_MK[:, 1:]),
+    layer._replace(quantized_KN=layer.quantized_KN[:, 1:]),
+    layer._replace(x_MK=layer.x_MK[None]),
+  ):
+    with pytest.raises(ValueError, match=r'block_0/attn/q.*\[M, K\]'):
+      sensitivity.analyse([broken], 0.01)
+
+
+def test_a_path_comes_once():
+  with pytest.raises(ValueError, match="Two records of 'block_0/attn/q'"):
+    sensitivity.analyse([record(), record()], 0.01)
+
+
+def test_records_are_read_one_at_a_time():
+  alive = []
+
+  def generate():
+    for i in range(3):
+      alive.append(i)
+      yield record(f'block_{i}/attn/q')
+
+  assert len(sensitivity.analyse(generate(), 0.01)) == len(alive) == 3
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+  expert = 'block_0/ffn/narrow/up/3'
+  analysis = sensitivity.analyse([record(), record(expert, k=200)], 0.01)
+  sensitivity.save(tmp_path, 100, analysis)
+  sensitivity.save(tmp_path, 20, {expert: analysis[expert]})
+  assert sensitivity.steps(tmp_path) == [20, 100]
+  assert {p.name for p in (tmp_path / 'sensitivity').iterdir()} == {
+    '20.json', '20.npz', '100.json', '100.npz'
+  }  # fmt: skip
+  loaded = sensitivity.load(tmp_path, 100)
+  jax.tree.map(np.testing.assert_array_equal, _tree(loaded), _tree(analysis))
+  assert sensitivity.load(tmp_path, 20).keys() == {expert}
+
+
+def _tree(analysis):
+  return {
+    path: {kind: vars(stats) for kind, stats in kinds.items()}
+    for path, kinds in analysis.items()
+  }
+
+
+def test_scalars_have_the_keys_of_the_log():
+  analysis = sensitivity.analyse([record()], 0.01)
+  flat = sensitivity.scalars(analysis)
+  assert flat.keys() == {
+    'sensitivity/latent/gini/block_0/attn/q',
+    'sensitivity/latent/top1/block_0/attn/q',
+    'sensitivity/quantized/gini/block_0/attn/q',
+    'sensitivity/quantized/top1/block_0/attn/q',
+  }
+  stats = analysis['block_0/attn/q']['latent']
+  assert flat['sensitivity/latent/gini/block_0/attn/q'] == stats.gini
+  assert flat['sensitivity/latent/top1/block_0/attn/q'] == stats.top1
+
+
+def test_no_analysis_has_no_steps(tmp_path):
+  assert sensitivity.steps(tmp_path) == []
+  with pytest.raises(
+    FileNotFoundError, match=r'No sensitivity of step 3.*\[\]'
+  ):
+    sensitivity.load(tmp_path, 3)
+
+
+@pytest.mark.parametrize('suffix', ['json', 'npz'])
+def test_damage_at_any_place_is_named_or_harmless(tmp_path, suffix):
+  sensitivity.save(tmp_path, 1, sensitivity.analyse([record()], 0.01))
+  path = tmp_path / 'sensitivity' / f'1.{suffix}'
+  whole = path.read_bytes()
+  for size in range(0, len(whole), max(1, len(whole) // 40)):
+    path.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match='1.json or the .npz beside it'):
+      sensitivity.load(tmp_path, 1)
+
+
+def test_maps_that_are_gone_are_damage(tmp_path):
+  sensitivity.save(tmp_path, 1, sensitivity.analyse([record()], 0.01))
+  (tmp_path / 'sensitivity' / '1.npz').unlink()
+  with pytest.raises(ValueError, match='1.json or the .npz beside it'):
+    sensitivity.load(tmp_path, 1)
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+  class Canary:
+    def __reduce__(self):
+      return (tmp_path.joinpath('canary').touch, ())
+
+  sensitivity.save(tmp_path, 1, sensitivity.analyse([record()], 0.01))
+  np.savez(
+    tmp_path / 'sensitivity' / '1.npz',
+    **{
+      f'{kind}/block_0/attn/q': np.array([Canary()], dtype=object)
+      for kind in sensitivity.KINDS
+    },
+  )
+  with pytest.raises(ValueError, match='damaged'):
+    sensitivity.load(tmp_path, 1)
+  assert not (tmp_path / 'canary').exists()
+
+
+def test_the_figure_is_a_picture_and_takes_any_name(tmp_path):
+  path = r'block_0/$\frac{/<b>'
+  analysis = sensitivity.analyse([record(path), record()], 0.01)
+  out = tmp_path / 'map.png'
+  sensitivity.figure(analysis, list(analysis), out)
+  assert out.read_bytes().startswith(b'\x89PNG')
+  with pytest.raises(ValueError, match="No sensitivity of 'block_9'.*attn/q"):
+    sensitivity.figure(analysis, ['block_9'], out)
+  with pytest.raises(ValueError, match='No paths'):
+    sensitivity.figure(analysis, [], out)
