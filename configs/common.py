@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 # 300m to 2.6b: pQuant (arXiv 2602.22592) tables 1 and 4. The paper prints no
 # depth and no head count for 2.6B; 26 layers and 30 heads reproduce the size.
 SIZES = {
-  'tiny': dict(d_model=256, n_heads=4, n_layers=4, d_ff=640, branch=32),
+  'tiny': dict(d_model=192, n_heads=3, n_layers=4, d_ff=512, branch=32),
   'small': dict(d_model=288, n_heads=6, n_layers=6, d_ff=768, branch=64),
   '300m': dict(d_model=1024, n_heads=16, n_layers=24, d_ff=2400, branch=128),
   '700m': dict(d_model=1536, n_heads=24, n_layers=24, d_ff=4096, branch=256),

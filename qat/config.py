@@ -1,12 +1,14 @@
-"""Checks of a whole config, its JSON form, and what a resumed run may change."""
+"""Checks of a config, its JSON form, and what a resumed run may change."""
 
 from collections.abc import Mapping
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from qat import sharding
@@ -48,28 +50,45 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
       config.model.quantized_dot, config.model.dot_dtype, 'cpu'
     ),
     lambda: attention.choose_form(config.model.attention, 'cpu', devices),
-    lambda: rules_lib.make_rules(config.quant.rules, config.quant.specs),
-    lambda: re.compile(config.optim.no_decay),
   ):
     try:
       attempt()
-    except (ValueError, TypeError, re.error) as error:
-      errors.append(str(error))
-  if not errors:
-    model = transformer.build(config, 'cpu', devices)
-    params = transformer.abstract_params(model)
-    try:
-      model.rules.check(rules_lib.kernels(params))
     except ValueError as error:
       errors.append(str(error))
+  errors += _regex_errors(config, devices if not errors else 0)
   if errors:
     raise ConfigError('\n'.join(f'config.{e}' for e in errors))
+
+
+def _regex_errors(config: ConfigDict, devices: int) -> list[str]:
+  """Of rules and patterns; with `devices`, also against the model's layers."""
+  errors = []
+  try:
+    re.compile(config.optim.no_decay)
+  except re.error as error:
+    errors.append(
+      f'optim.no_decay={config.optim.no_decay!r} is no regex: {error}.'
+    )
+  try:
+    rules_lib.make_rules(config.quant.rules, config.quant.specs)
+    if devices:
+      shape = sharding.mesh_shape(config.mesh, devices)
+      mesh = jax.sharding.AbstractMesh(shape, ('data', 'fsdp'))
+      with jax.sharding.use_abstract_mesh(mesh):
+        model = transformer.build(config, 'cpu', devices)
+        params = transformer.abstract_params(model)
+      model.rules.check(rules_lib.kernels(params))
+  except (ValueError, TypeError) as error:
+    errors.append(f'quant: {error}')
+  return errors
 
 
 def _model_errors(config: ConfigDict) -> list[str]:
   m = config.model
   errors = []
-  if m.d_model % m.n_heads:
+  if m.n_heads < 1:
+    pass  # Reported with the other numbers.
+  elif m.d_model % m.n_heads:
     errors.append(
       f'model.d_model={m.d_model} is no multiple of'
       f' model.n_heads={m.n_heads}; change one of them.'
@@ -82,7 +101,7 @@ def _model_errors(config: ConfigDict) -> list[str]:
   if m.n_kv_heads < 1 or m.n_heads % m.n_kv_heads:
     errors.append(
       f'model.n_kv_heads={m.n_kv_heads} does not divide'
-      f' model.n_heads={m.n_heads}.'
+      f' model.n_heads={m.n_heads}; take a divisor of it.'
     )
   choices = {
     'norm': ('pre', 'inside'),
@@ -102,7 +121,7 @@ def _model_errors(config: ConfigDict) -> list[str]:
       errors.append(
         f'model.branch_width={r} must lie between 0 and model.d_ff={m.d_ff}.'
       )
-    if r % multiple:
+    if multiple > 0 and r % multiple:
       errors.append(
         f'model.branch_width={r} is no multiple of model.branch_multiple='
         f'{multiple}; take {max(multiple, round(r / multiple) * multiple)}.'
@@ -118,19 +137,19 @@ def _model_errors(config: ConfigDict) -> list[str]:
 
 
 _POSITIVE = """model.vocab_size model.d_model model.n_layers model.n_heads
-  model.d_ff model.norm_eps model.rope_theta model.init_std model.loss_chunk
-  optim.peak_lr optim.eps optim.accumulate data.seq_len data.batch_size
-  data.threads data.timeout_s train.steps train.log_every train.health_every
-  train.timeout_s eval.batch_size eval.every checkpoint.every
-  checkpoint.keep_last checkpoint.timeout_s sensitivity.sequences
-  sensitivity.damping""".split()
+  model.d_ff model.branch_multiple model.norm_eps model.rope_theta
+  model.init_std model.loss_chunk optim.peak_lr optim.eps optim.accumulate
+  data.seq_len data.batch_size data.threads data.timeout_s train.steps
+  train.log_every train.health_every train.timeout_s eval.batch_size
+  eval.every checkpoint.every checkpoint.keep_last checkpoint.timeout_s
+  sensitivity.sequences sensitivity.damping""".split()
 _NOT_NEGATIVE = """seed optim.warmup_steps optim.final_lr_ratio
   optim.weight_decay optim.second_weight_decay optim.second_peak_ratio
   optim.clip_norm data.workers eval.batches checkpoint.keep_every
   sensitivity.every sample.tokens sample.temperature sample.top_k
-  model.balance_coef""".split()
-_SHARES = """optim.decay_fraction optim.switch_fraction optim.b1
-  optim.b2 sample.top_p""".split()
+  model.balance_coef model.router_init_std""".split()
+_FINITE = ['model.alpha_init', 'model.beta_init']
+_SHARES = ['optim.decay_fraction', 'optim.switch_fraction']
 
 
 def _number_errors(config: ConfigDict) -> list[str]:
@@ -138,7 +157,10 @@ def _number_errors(config: ConfigDict) -> list[str]:
   for fields, test, meaning in (
     (_POSITIVE, lambda x: x > 0, 'greater than 0'),
     (_NOT_NEGATIVE, lambda x: x >= 0, 'not negative'),
+    (_FINITE, math.isfinite, 'finite'),
     (_SHARES, lambda x: 0 <= x <= 1, 'between 0 and 1'),
+    (['optim.b1', 'optim.b2'], lambda x: 0 <= x < 1, 'at least 0, below 1'),
+    (['sample.top_p'], lambda x: 0 < x <= 1, 'above 0, at most 1'),
   ):
     for field in fields:
       value = config[field.split('.')[0]]

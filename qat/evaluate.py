@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 import math
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -82,8 +83,9 @@ def evaluate(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  for batch in batches:
-    sums.append(eval_step(params, put(batch, mesh), token_bytes_V))
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      sums.append(eval_step(params, put(batch, mesh), token_bytes_V))
   with guard.time_limit('the evaluation', config.train.timeout_s):
     # Added up in float64 on the host: float32 would lose small parts.
     nats, tokens, size = np.sum(

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from qat import display
 from qat import evaluate
 from qat import metrics
 from qat import report
@@ -51,11 +52,11 @@ def introduction(program: step_lib.Program, peak: float) -> str:
   platform = program.mesh.devices.flat[0].platform
   bits = bits_per_weight(program.abstract.params, program.model.rules)
   return (
-    f'{config.name}: {metrics.count(parameter_count(program))} parameters,'
+    f'{config.name}: {display.count(parameter_count(program))} parameters,'
     f' {bits:.2f} bits a weight in the blocks;'
-    f' {metrics.count(tokens)} tokens a step on {program.mesh.size}'
+    f' {display.count(tokens)} tokens a step on {program.mesh.size}'
     f' {platform} device(s) with a measured peak of'
-    f' {metrics.count(peak)}FLOP/s'
+    f' {display.count(peak)}FLOP/s'
   )
 
 
@@ -177,5 +178,5 @@ def finish(
   with metrics.replacing(workdir / SUMMARY) as file:
     file.write((json.dumps(summary, indent=2) + '\n').encode())
   path = report.write(workdir)
-  metrics.summary_table(log.console, config.name, summary)
+  display.summary_table(log.console, config.name, summary)
   log.say(f'Report: {path}')

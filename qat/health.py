@@ -1,6 +1,8 @@
 """The health of low-bit training: flips, zeros, scales, branches, experts."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -80,7 +82,8 @@ def first_non_finite(
   """Names the first place where a step stops being finite.
 
   Args:
-    forward: (params, batch) -> tree of each module's output, in call order.
+    forward: (params, batch) -> nested dicts of each module's output, in the
+      order of their calls. Not jitted: jax.jit sorts what it returns.
     gradient: (params, batch) -> tree of gradients.
     params: the parameters before the step.
     batch: the step's batch.
@@ -88,16 +91,34 @@ def first_non_finite(
   Returns:
     A sentence about a parameter, a module's output or a gradient.
   """
-  for what, tree in (
-    ('parameter', lambda: params),
-    ('output of', lambda: forward(params, batch)),
-    ('gradient of', lambda: gradient(params, batch)),
+  for what, compute in (
+    ('parameter', lambda params, _: params),
+    ('output of', forward),
+    ('gradient of', gradient),
   ):
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree()):
-      if not bool(jnp.all(jnp.isfinite(leaf))):
-        names = [
-          key.key for key in keys if isinstance(key, jax.tree_util.DictKey)
-        ]
-        path = '/'.join(n for n in names if n != '__call__') or 'the model'
-        return f'The first that is not finite: {what} {path}.'
+    paths = []
+
+    @jax.jit
+    def finite(params, batch, compute=compute, paths=paths):
+      found = list(_in_order(compute(params, batch), ()))
+      paths.extend(path for path, _ in found)
+      return [jnp.all(jnp.isfinite(leaf)) for _, leaf in found]
+
+    flags = finite(params, batch)
+    for path, ok in zip(paths, flags, strict=True):
+      if not ok:
+        name = '/'.join(n for n in path if n != '__call__') or 'the model'
+        return f'The first that is not finite: {what} {name}.'
   return 'Computed again, every output and gradient of it is finite.'
+
+
+def _in_order(
+  tree: Any, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+  """Leaves of nested dicts as they were put in; jax.tree sorts by key."""
+  if isinstance(tree, Mapping):
+    for name, value in tree.items():
+      yield from _in_order(value, (*path, name))
+  else:
+    for leaf in jax.tree.leaves(tree):
+      yield path, leaf

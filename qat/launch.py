@@ -12,6 +12,9 @@ MALLOC = (
   ':glibc.malloc.trim_threshold=17179869184'
 )
 
+# Files under /dev of GPUs and TPUs.
+ACCELERATORS = ('nvidia0', 'accel0', 'vfio/0', 'kfd')
+
 
 def tune_malloc() -> None:
   """Starts this program anew with `MALLOC`, where it runs on a CPU alone.
@@ -23,8 +26,7 @@ def tune_malloc() -> None:
   """
   if 'GLIBC_TUNABLES' in os.environ or platform.libc_ver()[0] != 'glibc':
     return
-  accelerators = ('nvidia0', 'accel0', 'vfio/0', 'kfd')
-  if any(pathlib.Path('/dev', name).exists() for name in accelerators):
+  if any(pathlib.Path('/dev', name).exists() for name in ACCELERATORS):
     return
   os.environ['GLIBC_TUNABLES'] = MALLOC
-  os.execv(sys.executable, sys.orig_argv)
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -17,12 +17,13 @@ import pathlib
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 from ml_collections import config_flags
 
 from qat import checkpoint
 from qat import config as config_lib
-from qat import guard
+from qat import lock
 from qat import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,7 +38,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 # What a user can mend: one message, no traceback. EX_CONFIG and EX_TEMPFAIL
 # have their own codes so that a scheduler knows whether to try again.
-_USER_ERRORS = (config_lib.ConfigError, guard.LockedError, FileNotFoundError)
+_USER_ERRORS = (config_lib.ConfigError, lock.LockedError, FileNotFoundError)
 _RUN_ERRORS = (
   train.NonFiniteError,
   checkpoint.SaveError,
@@ -45,10 +46,28 @@ _RUN_ERRORS = (
 )
 
 
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; a wrong one ends the program with a message."""
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f'unknown arguments {" ".join(rest[1:])}')
+    _ = _CONFIG.value  # Where the file is missing, this says so.
+    return rest
+  except SystemExit:
+    raise
+  except Exception as error:  # What a config file raises is the user's too.
+    message = str(error.args[0] if error.args else error).strip()
+    if 'Traceback' in message:  # Of the config file; its last line says it.
+      message = message.splitlines()[-1]
+    print(f'Error: {message}\nSee --help.', file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: list[str]) -> int:
   """Runs; returns the exit code."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Unknown arguments: {" ".join(argv[1:])}')
+  del argv
+  logging.set_verbosity(logging.WARNING)  # orbax tells of each array.
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   try:
@@ -63,4 +82,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -45,8 +45,9 @@ def make_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
 def mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
   """(data, fsdp), with -1 replaced by what is left of `devices`."""
   sizes = {'data': config.data, 'fsdp': config.fsdp}
-  known = int(np.prod([size for size in sizes.values() if size != -1]))
-  if list(sizes.values()).count(-1) > 1 or known < 1 or devices % known:
+  given = [size for size in sizes.values() if size != -1]
+  known = int(np.prod(given))
+  if not given or min(given) < 1 or devices % known:
     raise ValueError(
       f'mesh.data={config.data}, mesh.fsdp={config.fsdp} do not fit'
       f' {devices} devices; give sizes whose product is {devices}, one of'

@@ -1,7 +1,8 @@
 """The training state, and one optimizer step as a pure function."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -160,7 +161,7 @@ def make_train_step(
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     (loss, routers), grads = accumulated(state.params, batch)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & state.healthy
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -171,6 +172,7 @@ def make_train_step(
     metrics = {
       'train/loss': loss,
       'train/grad_norm': grad_norm,
+      'train/param_norm': optax.tree.norm(new_state.params),
       'train/lr': opt_state.hyperparams['learning_rate'],
       'train/weight_decay': opt_state.hyperparams['weight_decay'],
       'healthy': healthy,
@@ -212,7 +214,8 @@ def compile_program(config: ConfigDict, mesh: Mesh) -> Program:
   platform = mesh.devices.flat[0].platform
   model = transformer.build(config, platform, mesh.size)
   init = initial_state(config, model)
-  abstract = abstract_state(init, mesh)
+  with jax.set_mesh(mesh):
+    abstract = abstract_state(init, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   rows = jax.ShapeDtypeStruct(
     (config.data.batch_size, config.data.seq_len),
@@ -224,9 +227,13 @@ def compile_program(config: ConfigDict, mesh: Mesh) -> Program:
     donate_argnums=0,
     out_shardings=(shardings, None),
   )
+
+  def initialize() -> State:
+    with jax.set_mesh(mesh):
+      return jax.jit(init, out_shardings=shardings)()
+
   with jax.set_mesh(mesh):
     compiled = train_step.lower(
       abstract, {'tokens': rows, 'targets': rows}
     ).compile()
-    initialize = jax.jit(init, out_shardings=shardings)
   return Program(config, mesh, model, initialize, abstract, compiled)

@@ -19,6 +19,7 @@ from qat import finish
 from qat import flops
 from qat import guard
 from qat import health
+from qat import lock
 from qat import metrics
 from qat import sharding
 from qat import step as step_lib
@@ -58,7 +59,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
     if primary:
-      enter(guard.lock(workdir))
+      enter(lock.hold(workdir))
     interrupts = enter(guard.Interrupts())
 
     # 1. What needs no state, and loses nothing when it is interrupted.
@@ -303,6 +304,4 @@ def _diagnose(
     return jax.grad(loss)(params)
 
   with jax.set_mesh(program.mesh):
-    return health.first_non_finite(
-      jax.jit(forward), jax.jit(gradient), params, batch
-    )
+    return health.first_non_finite(forward, gradient, params, batch)

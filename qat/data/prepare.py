@@ -6,9 +6,7 @@ result. Reads the sources twice when a tokenizer is to be trained.
 
 from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -19,7 +17,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from qat.data import baselines
 from qat.data import dataset as dataset_lib
+from qat.data import files
 from qat.data import progress
 from qat.data import shards
 from qat.data import sources as sources_lib
@@ -105,7 +105,7 @@ def prepare(
   manifest = out / dataset_lib.MANIFEST
   if not manifest.exists():
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out / '.lock', wait):
+    with files.lock(out, wait):
       # Another process may have written it since.
       if not manifest.exists():
         _begin(out, out / _WORK, plan)
@@ -149,20 +149,6 @@ def ensure_embedded(
   )
   out = pathlib.Path(cache_dir) / f'austen-{vocab_size}'
   return prepare([str(_EMBEDDED)], out, options, wait=True)
-
-
-def unigram_bits(train_V: np.ndarray, valid_V: np.ndarray) -> float:
-  """Bits of text under a unigram model with add-one smoothing.
-
-  Args:
-    train_V: how often each token occurs in the text the model is of.
-    valid_V: how often it occurs in the text that is scored.
-
-  Returns:
-    The code length of the second, in bits.
-  """
-  p_V = (train_V + 1) / (train_V.sum() + len(train_V))
-  return float(-(valid_V @ np.log2(p_V)))
 
 
 def _check_options(
@@ -209,24 +195,11 @@ def _plan(resolved: _Sources, options: Options) -> dict[str, Any]:
   return plan
 
 
-@contextlib.contextmanager
-def _lock(file: pathlib.Path, wait: bool) -> Iterator[None]:
-  """Holds a lock that ends with the process; the file stays."""
-  with file.open('w') as stream:
-    try:
-      fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-      raise BlockingIOError(
-        f'Another process is preparing {str(file.parent)!r}.'
-      ) from error
-    yield
-
-
 def _begin(out: pathlib.Path, work: pathlib.Path, plan: dict[str, Any]) -> None:
   """Leaves in `work` only what belongs to `plan` and is complete."""
   file = work / 'plan.json'
   if file.exists() and json.loads(file.read_bytes()) == plan:
-    shards.remove_unfinished(work)
+    files.remove_unfinished(work)
     return
   if shards.runs(work):
     raise ValueError(
@@ -240,7 +213,7 @@ def _begin(out: pathlib.Path, work: pathlib.Path, plan: dict[str, Any]) -> None:
     )
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir()
-  shards.write_file(file, json.dumps(plan).encode())
+  files.write(file, json.dumps(plan).encode())
 
 
 def _write(
@@ -265,7 +238,12 @@ def _write(
     shards.write_runs(work, items, codec, options.seed, report)
   runs = shards.runs(work)
   splits = {s: shards.statistics(runs, s) for s in dataset_lib.SPLITS}
-  _check_splits(splits, options)
+  try:
+    _check_splits(splits, options)
+  except ValueError:
+    # Nothing to go on from: with these options it cannot be finished.
+    shutil.rmtree(work)
+    raise
   counts = {s: shards.counts(runs, s) for s in dataset_lib.SPLITS}
   for split, found in splits.items():
     found['token_bytes'] = int(counts[split] @ token_bytes_V)
@@ -281,12 +259,14 @@ def _write(
         out, work, split, n_shards, codec, report
       )
   size = splits['valid']['bytes']
-  splits['valid']['gzip_bits_per_byte'] = shards.gzip_bits(runs) / size
+  splits['valid']['gzip_bits_per_byte'] = (
+    baselines.gzip_bits(shards.valid_text(runs)) / size
+  )
   splits['valid']['unigram_bits_per_byte'] = (
-    unigram_bits(counts['train'], counts['valid']) / size
+    baselines.unigram_bits(counts['train'], counts['valid']) / size
   )
   tokenizer_json = (work / dataset_lib.TOKENIZER).read_bytes()
-  shards.write_file(out / dataset_lib.TOKENIZER, tokenizer_json)
+  files.write(out / dataset_lib.TOKENIZER, tokenizer_json)
   manifest = {
     'format': dataset_lib.FORMAT,
     'plan': plan,
@@ -297,7 +277,7 @@ def _write(
     'record_tokens': dataset_lib.RECORD_TOKENS,
     'splits': splits,
   }
-  shards.write_file(
+  files.write(
     out / dataset_lib.MANIFEST, json.dumps(manifest, indent=1).encode()
   )
 
@@ -314,7 +294,7 @@ def _tokenizer(
         texts = _tokenizer_texts(resolved, options, report)
         tokenizer = tokenizer_lib.train(texts, options.vocab_size)
       content = tokenizer.to_str().encode()
-    shards.write_file(file, content)
+    files.write(file, content)
   # Read back in any case: what is used is what is written.
   return tokenizer_lib.load(file)
 

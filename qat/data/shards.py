@@ -21,16 +21,15 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 from typing import NamedTuple
-import zlib
 
 from array_record.python import array_record_module
 import numpy as np
 import tokenizers
 
 from qat.data import dataset as dataset_lib
+from qat.data import files
 from qat.data import tokenizer as tokenizer_lib
 
 RUN_BYTES = 1 << 27
@@ -129,7 +128,7 @@ def _write_run(
   codec: Codec,
   seed: int,
 ) -> None:
-  temporary = path.with_name(path.name + '.tmp')
+  temporary = files.unfinished(path)
   temporary.mkdir()
   meta = {
     'stop': numbered[-1][0] + 1,
@@ -156,7 +155,7 @@ def _write_run(
     for name, array in arrays.items():
       with (temporary / f'{split}-{name}.npy').open('wb') as file:
         np.save(file, array)
-        _sync(file)
+        files.sync(file)
     meta[split] = {
       'documents': len(chosen),
       'empty_documents': sum(
@@ -166,9 +165,9 @@ def _write_run(
       'bytes': sum(item.size for _, _, item in chosen),
     }
   text = ''.join(item.text for _, item in numbered if item.split == 'valid')
-  write_file(temporary / 'valid.txt', text.encode())
-  write_file(temporary / 'meta.json', json.dumps(meta).encode())
-  _rename(temporary, path)
+  files.write(temporary / 'valid.txt', text.encode())
+  files.write(temporary / 'meta.json', json.dumps(meta).encode())
+  files.rename(temporary, path)
 
 
 def _key(seed: int, index: int) -> int:
@@ -191,13 +190,9 @@ def counts(found: Sequence[pathlib.Path], split: str) -> np.ndarray:
   return sum(np.load(run / f'{split}-counts.npy') for run in found)
 
 
-def gzip_bits(found: Sequence[pathlib.Path]) -> int:
-  """Bits of the validation text, in the order it was read, under gzip -9."""
-  packer = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16)
-  size = sum(
-    len(packer.compress((r / 'valid.txt').read_bytes())) for r in found
-  )
-  return 8 * (size + len(packer.flush()))
+def valid_text(found: Sequence[pathlib.Path]) -> Iterator[bytes]:
+  """The validation text in the order it was read, a run at a time."""
+  return ((run / 'valid.txt').read_bytes() for run in found)
 
 
 def write_shards(
@@ -232,7 +227,7 @@ def write_shards(
       if index == 0:
         # Nothing precedes the first document; every token is to be predicted.
         tokens = np.append(codec.eot_id, tokens).astype(codec.dtype)
-      write_file(
+      files.write(
         note, json.dumps(_write_shard(out, work, name, tokens)).encode()
       )
     shard = json.loads(note.read_bytes())
@@ -275,7 +270,7 @@ def _write_shard(
   """Writes one shard and describes it; None if there is nothing to write."""
   if not len(tokens):
     return None
-  temporary = work / f'{name}.tmp'
+  temporary = files.unfinished(work / name)
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   for start in range(0, len(tokens), dataset_lib.RECORD_TOKENS):
     writer.write(tokens[start : start + dataset_lib.RECORD_TOKENS].tobytes())
@@ -295,41 +290,8 @@ def _write_shard(
     'size': temporary.stat().st_size,
     'sha256': dataset_lib.file_digest(temporary),
   }
-  _rename(temporary, out / name)
+  files.rename(temporary, out / name)
   return description
-
-
-def write_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file that is there in full or not at all, even after a crash."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('wb') as file:
-    file.write(content)
-    _sync(file)
-  _rename(temporary, path)
-
-
-def remove_unfinished(work: pathlib.Path) -> None:
-  """Removes what a killed process was writing."""
-  for path in work.glob('*.tmp'):
-    if path.is_dir():
-      shutil.rmtree(path)
-    else:
-      path.unlink()
-
-
-def _rename(source: pathlib.Path, target: pathlib.Path) -> None:
-  source.replace(target)
-  for folder in {source.parent, target.parent}:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
-
-
-def _sync(file: Any) -> None:
-  file.flush()
-  os.fsync(file.fileno())
 
 
 def _meta(run: pathlib.Path) -> dict[str, Any]:

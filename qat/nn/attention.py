@@ -103,8 +103,9 @@ class Attention(nn.Module):
       norm_eps=c.norm_eps if inside else None,
       name='o',
     )
-    y_BTD = y_BTNH.reshape(*x_BTD.shape[:2], -1).astype(x_BTD.dtype)
-    return layers.project(y_BTD, [out], self.method)[0], cache
+    y_BTD = y_BTNH.reshape(*x_BTD.shape[:2], -1)
+    (y_BTD,) = layers.project(y_BTD, [out], self.method)
+    return y_BTD.astype(x_BTD.dtype), cache
 
 
 def causal_attention(

@@ -20,6 +20,13 @@ ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+  """act(gate) * up, computed in float32; keeps only its arguments."""
+  act = ACTIVATIONS[activation](gate.astype(jnp.float32))
+  return (act * up.astype(jnp.float32)).astype(gate.dtype)
+
+
 class Branch(nn.Module):
   """The three matrices of a gated layer: down(act(gate(x)) * up(x)).
 
@@ -65,9 +72,12 @@ class Branch(nn.Module):
       chosen: bool `[..., E]`, the expert of each token; None without experts.
 
     Returns:
-      `[..., D]`.
+      float32 `[..., D]`.
     """
-    hidden = ACTIVATIONS[self.config.activation](gate) * up
+    dtype = self.config.dot_dtype
+    hidden = gated(
+      gate.astype(dtype), up.astype(dtype), self.config.activation
+    )
     if chosen is None:
       return layers.project(hidden, [self.down], self.method)[0]
     hidden = jnp.sum(jnp.where(chosen[..., None], hidden, 0), axis=-2)
@@ -82,7 +92,8 @@ class GatedFFN(Branch):
     c = self.config
     if c.norm == 'pre' or c.norm_shared:
       x_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
-    return self.finish(*layers.project(x_BTD, self.readers(), self.method))
+    y_BTD = self.finish(*layers.project(x_BTD, self.readers(), self.method))
+    return y_BTD.astype(x_BTD.dtype)
 
 
 class DecoupledFFN(nn.Module):
@@ -131,9 +142,7 @@ class DecoupledFFN(nn.Module):
     else:
       y_narrow = narrow.finish(gate, up)
     y_wide = wide.finish(wide_gate, wide_up)
-    return (
-      alpha.astype(y_wide.dtype) * y_narrow + beta.astype(y_wide.dtype) * y_wide
-    )
+    return (alpha * y_narrow + beta * y_wide).astype(x_BTD.dtype)
 
   def _route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The chosen expert, one-hot bool `[B, T, E]`, and its weight `[B, T, 1]`.
@@ -149,7 +158,10 @@ class DecoupledFFN(nn.Module):
       (c.d_model, c.n_experts),
       jnp.float32,
     )
-    logits = jnp.einsum('btd,de->bte', x_BTD.astype(jnp.float32), kernel)
+    # 'highest': accelerators would round the operands of the product.
+    logits = jnp.einsum(
+      'btd,de->bte', x_BTD.astype(jnp.float32), kernel, precision='highest'
+    )
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
     chosen = jax.nn.one_hot(jnp.argmax(logits, -1), c.n_experts, dtype=bool)
@@ -165,4 +177,4 @@ class DecoupledFFN(nn.Module):
     weight = jnp.sum(jnp.where(chosen, p, 0), -1, keepdims=True)
     if not c.gate_probability:
       weight = jnp.ones_like(weight)
-    return chosen, weight.astype(x_BTD.dtype)
+    return chosen, weight

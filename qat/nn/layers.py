@@ -125,8 +125,8 @@ def project(
     method: how to multiply.
 
   Returns:
-    For each layer `[..., N]` of the dtype of `x`; for a stack of experts
-    `[..., E, N]`: each of its matrices applied to every token.
+    For each layer float32 `[..., N]`; for a stack of experts `[..., E, N]`:
+    each of its matrices applied to every token.
   """
   ys, shared = [], {}
   for linear in linears:
@@ -139,8 +139,7 @@ def project(
         shared[key] = dot.make_input(normed, linear.spec)
       source = shared[key]
     _record(linear, source)
-    y = dot.quantized_dot(source, weight, linear.spec, method)
-    ys.append(y.astype(x.dtype))
+    ys.append(dot.quantized_dot(source, weight, linear.spec, method))
   return ys
 
 
@@ -156,7 +155,7 @@ def project_by_expert(
     method: how to multiply.
 
   Returns:
-    `[..., N]` of the dtype of `x`.
+    float32 `[..., N]`.
   """
   weight_EKN, x = linear.weight_and_input(x)
   source = dot.make_input(x, linear.spec)
@@ -167,7 +166,7 @@ def project_by_expert(
     y = y + dot.quantized_dot(
       _masked(source, mine), weight_KN, linear.spec, method
     )
-  return y.astype(x.dtype)
+  return y
 
 
 def _masked(source: dot.Input, mask: jax.Array) -> dot.Input:

@@ -164,6 +164,8 @@ def _dot_fwd(value_MK, codes_MK, scale_M1, weight, spec, method):
     ones = (*weight.shape[:-2], 1, weight.shape[-1])
     w_scale_1N = _columns(jnp.broadcast_to(quantized.scale, ones))
     if method.gather_codes:
+      # Without the barrier XLA exchanges first and converts to int8 after.
+      w_KN = lax.optimization_barrier(w_KN)
       w_KN = lax.with_sharding_constraint(w_KN, P())
   y_MN = _product(left_MK, w_KN, method)
   if w_scale_1N is not None:

@@ -1,3 +1,5 @@
+"""Reading a data set, damage to it, and hostile manifests."""
+
 import json
 import pathlib
 import pickle

@@ -1,10 +1,11 @@
+"""Options, sources and the result; how it is sorted: shards_test.py."""
+
 from collections.abc import Callable
 import gzip
 import json
 import lzma
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from tokenizers import normalizers
 
 from qat.data import dataset as dataset_lib
+from qat.data import files as files_lib
 from qat.data import prepare
 from qat.data import shards
 from qat.data import tokenizer as tokenizer_lib
@@ -71,32 +73,6 @@ def test_the_manifest_counts_what_there_is(
       assert dataset_lib.file_digest(path) == shard['sha256']
 
 
-def test_the_baselines_are_what_they_say(
-  prepared: pathlib.Path, texts: list[str]
-) -> None:
-  opened = dataset_lib.open_dataset(prepared)
-  valid = opened.manifest['splits']['valid']
-  streams = []
-  for split in dataset_lib.SPLITS:
-    stream = dataset_lib.Stream(opened, split)
-    streams.append(stream.read(1, len(stream)))
-  train_tokens, valid_tokens = streams
-  counts = {t: 1 for t in range(opened.vocab_size)}
-  for token in train_tokens.tolist():
-    counts[token] += 1
-  total = sum(counts.values())
-  bits = sum(-np.log2(counts[t] / total) for t in valid_tokens.tolist())
-  np.testing.assert_allclose(
-    valid['unigram_bits_per_byte'], bits / valid['bytes']
-  )
-  chosen = opened.tokenizer.decode(valid_tokens.tolist())
-  text = ''.join(t for t in texts if t in chosen).encode()
-  assert len(text) == valid['bytes']
-  assert valid['gzip_bits_per_byte'] == (
-    8 * len(gzip.compress(text, 9)) / len(text)
-  )
-
-
 def test_validation_is_chosen_by_text_alone(
   tmp_path, jsonl: pathlib.Path, options: Make
 ) -> None:
@@ -147,19 +123,6 @@ def test_the_seed_changes_the_order_only(
   assert a['shards'] != b['shards']
 
 
-def test_neither_runs_nor_batches_change_the_data(
-  tmp_path,
-  prepared: pathlib.Path,
-  jsonl: pathlib.Path,
-  options: Make,
-  monkeypatch,
-) -> None:
-  monkeypatch.setattr(shards, 'RUN_BYTES', 9_000)
-  monkeypatch.setattr(shards, '_BATCH_BYTES', 2_000)
-  out = prepare.prepare([str(jsonl)], tmp_path / 'out', options())
-  assert files(out) == files(prepared)
-
-
 def test_a_given_tokenizer_is_copied(
   tmp_path, prepared: pathlib.Path, jsonl: pathlib.Path, options: Make
 ) -> None:
@@ -206,78 +169,6 @@ def test_a_tokenizer_that_changes_text_is_told_of(
     assert split['token_bytes'] == split['bytes'] + split['documents']
 
 
-# Runs in another process, which kills itself just before or after the k-th
-# time that something gets its name.
-KILLED = """
-import os, signal, sys
-from qat.data import prepare, shards
-source, out, k, before = sys.argv[1:]
-shards.RUN_BYTES = 30_000
-rename, calls = shards._rename, [0]
-def killed(source, target):
-  calls[0] += 1
-  if calls[0] == int(k) and before == 'before':
-    os.kill(os.getpid(), signal.SIGKILL)
-  rename(source, target)
-  if calls[0] == int(k):
-    os.kill(os.getpid(), signal.SIGKILL)
-shards._rename = killed
-prepare.prepare([source], out, prepare.Options(
-  280, None, 1 << 30, '<|endoftext|>', 'text', None, 0.1, 0, 12_000))
-"""
-
-
-def run_killed(*arguments: object) -> bool:
-  """Whether it killed itself before it was through."""
-  process = subprocess.run(
-    [sys.executable, '-c', KILLED, *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  assert process.returncode in (0, -signal.SIGKILL), process.stderr
-  return process.returncode != 0
-
-
-def test_killed_and_repeated_it_writes_the_same_bytes(
-  tmp_path, prepared: pathlib.Path, jsonl: pathlib.Path, options: Make
-) -> None:
-  # One folder is killed again and again, each time after at least two steps.
-  out = tmp_path / 'out'
-  kills = 0
-  while run_killed(jsonl, out, 3, ('before', 'after')[kills % 2]):
-    kills += 1
-  assert kills >= 5
-  assert files(out) == files(prepared)
-  assert not (out / '.partial').exists()
-
-
-def test_what_is_finished_is_not_done_again(
-  tmp_path, jsonl: pathlib.Path, options: Make, monkeypatch
-) -> None:
-  monkeypatch.setattr(shards, 'RUN_BYTES', 30_000)
-  out = tmp_path / 'out'
-  real = shards._write_shard
-
-  def fail_at_the_second(*arguments: object) -> object:
-    if 'train-00001' in str(arguments[2]):
-      raise OSError('no space')
-    return real(*arguments)
-
-  monkeypatch.setattr(shards, '_write_shard', fail_at_the_second)
-  with pytest.raises(OSError, match='no space'):
-    prepare.prepare([str(jsonl)], out, options())
-  kept = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file()}
-  monkeypatch.setattr(shards, '_write_shard', real)
-  tokenized = []
-  monkeypatch.setattr(tokenizer_lib, 'encode', lambda *a: tokenized.append(a))
-  prepare.prepare([str(jsonl)], out, options())
-  assert not tokenized
-  shard = next(out.glob('train-00000*'))
-  assert shard.stat().st_mtime_ns == kept[shard]
-
-
 def test_a_finished_folder_is_left_as_it_is(
   tmp_path, jsonl: pathlib.Path, options: Make
 ) -> None:
@@ -307,6 +198,8 @@ def test_after_a_mistake_in_the_options_one_can_correct_it(
   out = tmp_path / 'out'
   with pytest.raises(ValueError, match="no field 'body'"):
     prepare.prepare([str(jsonl)], out, options(field='body'))
+  with pytest.raises(ValueError, match='valid split is empty'):
+    prepare.prepare([str(jsonl)], out, options(valid_fraction=1e-9))
   prepare.prepare([str(jsonl)], out, options())
   assert files(out) == files(prepared)
 
@@ -323,8 +216,8 @@ def test_a_folder_with_other_files_is_refused(
 def test_two_at_once(tmp_path, jsonl: pathlib.Path, options: Make) -> None:
   out = tmp_path / 'out'
   out.mkdir()
-  with prepare._lock(out / '.lock', wait=False):
-    with pytest.raises(BlockingIOError, match='Another process is preparing'):
+  with files_lib.lock(out, wait=False):
+    with pytest.raises(BlockingIOError, match='Another process is writing'):
       prepare.prepare([str(jsonl)], out, options())
     waiting = threading.Thread(
       target=prepare.prepare,

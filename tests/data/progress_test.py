@@ -1,3 +1,5 @@
+"""What progress prints."""
+
 import time
 
 from qat.data import progress

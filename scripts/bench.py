@@ -1,0 +1,262 @@
+"""Measures; `train` compares the training step of the methods.
+
+  python scripts/bench.py train
+  python scripts/bench.py train --methods=plain,bitnet --rounds=12 --json=b.json
+
+Every round runs one step of each variant in turn, so that a slow moment of the
+machine meets all of them; ratios are taken round by round. `plain` is BitNet in
+plain float32 straight-through autodiff (`qat.nn.reference`).
+"""
+
+import sys
+
+from qat import launch
+
+if __name__ == '__main__':
+  launch.tune_malloc()
+
+import argparse
+from collections.abc import Callable
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import optax
+from rich import console as rich_console
+from rich import table as rich_table
+
+from configs import bitnet
+from configs import bitnet_b158
+from configs import fp
+from configs import pquant
+from qat import flops
+from qat import metrics
+from qat import optim
+from qat import sharding
+from qat import step as step_lib
+from qat.nn import reference
+from qat.nn import transformer
+
+METHODS = {
+  'fp': (fp, {}),
+  'bitnet': (bitnet, {}),
+  'bitnet_b158': (bitnet_b158, {}),
+  'pquant': (pquant, {}),
+  'pquant-8': (pquant, {'n_experts': 8}),
+}
+PLAIN = 'plain'
+
+
+class Variant(NamedTuple):
+  """A compiled step and where it stands."""
+
+  name: str
+  step: Callable[[Any, Any], tuple[Any, Any]]
+  state: Any
+  flops_per_token: float
+
+
+def _config(module, changes: dict, args: argparse.Namespace):
+  config = module.get_config('tiny').unlock()
+  config.model.update(
+    d_model=args.d_model,
+    n_layers=args.layers,
+    d_ff=args.d_ff,
+    n_heads=args.heads,
+    n_kv_heads=args.heads,
+    vocab_size=args.vocabulary,
+    branch_width=args.branch,
+  )
+  config.model.update(changes)
+  config.data.update(seq_len=args.seq_len, batch_size=args.batch)
+  config.train.steps = 10_000
+  return config.lock()
+
+
+def _fast(name: str, args: argparse.Namespace) -> Variant:
+  config = _config(*METHODS[name], args)
+  program = step_lib.compile_program(config, sharding.make_mesh(config.mesh))
+  return Variant(
+    name,
+    program.train_step,
+    program.init(),
+    flops.train_flops_per_token(config, program.abstract.params),
+  )
+
+
+def _plain(args: argparse.Namespace) -> Variant:
+  config = _config(bitnet, {}, args)
+  model = transformer.build(config, jax.default_backend(), 1)
+  optimizer = optim.make(config.optim, config.train.steps)
+
+  def init():
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    return params['params'], optimizer.init(params['params'])
+
+  def step(state, batch):
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(reference.loss)(
+      params, batch, config.model, model.rules
+    )
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), loss
+
+  state = jax.jit(init)()
+  rows = jax.ShapeDtypeStruct((args.batch, args.seq_len), jnp.int32)
+  compiled = (
+    jax.jit(step, donate_argnums=0)
+    .lower(state, {'tokens': rows, 'targets': rows})
+    .compile()
+  )
+  per_token = flops.train_flops_per_token(config, state[0])
+  return Variant(PLAIN, compiled, state, per_token)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+  """Times the training steps; returns and prints what was measured."""
+  console = rich_console.Console()
+  variants = []
+  for name in args.methods.split(','):
+    with console.status(f'Compiling {name}'):
+      variants.append(_plain(args) if name == PLAIN else _fast(name, args))
+  rng = np.random.default_rng(0)
+  shape = (args.batch, args.seq_len)
+  batch = {
+    name: jnp.asarray(rng.integers(0, args.vocabulary, shape), jnp.int32)
+    for name in ('tokens', 'targets')
+  }
+  states = {v.name: v.state for v in variants}
+  seconds: dict[str, list[float]] = {v.name: [] for v in variants}
+  for i in range(args.rounds + 1):
+    with console.status(f'Round {i} of {args.rounds}'):
+      for v in variants:
+        start = time.perf_counter()
+        states[v.name], measured = v.step(states[v.name], batch)
+        jax.block_until_ready((states[v.name], measured))
+        if i:  # The first is a warm-up.
+          seconds[v.name].append(time.perf_counter() - start)
+  peak = flops.measured_peak(seconds=1.0)
+  base = seconds[variants[0].name]
+  tokens = args.batch * args.seq_len
+  rows = {}
+  for v in variants:
+    mine = seconds[v.name]
+    speed = tokens / statistics.median(mine)
+    ratios = [a / b for a, b in zip(base, mine, strict=True)]
+    memory = v.step.memory_analysis()
+    rows[v.name] = {
+      'tokens_per_s': speed,
+      'speedup': statistics.median(ratios),
+      'speedup_min': min(ratios),
+      'speedup_max': max(ratios),
+      'flops_share': speed * v.flops_per_token / peak,
+      'temporary_bytes': memory.temp_size_in_bytes,
+    }
+  result = {
+    'machine': _machine(),
+    'date': datetime.date.today().isoformat(),
+    'commit': _commit(),
+    'jax': jax.__version__,
+    'arguments': {k: v for k, v in vars(args).items() if k != 'json'},
+    'peak_flops': peak,
+    'rows': rows,
+  }
+  _print(console, result, variants[0].name)
+  return result
+
+
+def _print(console: rich_console.Console, result: dict, base: str) -> None:
+  table = rich_table.Table(
+    title=f'{result["machine"]}, jax {result["jax"]}, bf16 peak'
+    f' {display.count(result["peak_flops"])}FLOP/s'
+  )
+  for name in ('', 'tokens/s', f'against {base}', 'of peak', 'temporaries'):
+    table.add_column(name, justify='right')
+  for name, row in result['rows'].items():
+    table.add_row(
+      name,
+      f'{row["tokens_per_s"]:,.0f}',
+      f'{row["speedup"]:.2f} ({row["speedup_min"]:.2f} to'
+      f' {row["speedup_max"]:.2f})',
+      f'{row["flops_share"]:.0%}',
+      f'{row["temporary_bytes"] / 1e6:,.0f} MB',
+    )
+  console.print(table)
+
+
+def _machine() -> str:
+  device = jax.devices()[0]
+  if device.platform != 'cpu':
+    return device.device_kind
+  for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+    if line.startswith('model name'):
+      return f'{line.split(":")[1].strip()}, {len(_cpus())} cores'
+  return platform.processor()
+
+
+def _cpus() -> set[int]:
+  import os
+
+  return os.sched_getaffinity(0)
+
+
+def _commit() -> str:
+  found = subprocess.run(
+    ['git', 'describe', '--always', '--dirty'],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parent,
+    check=False,
+  )
+  return found.stdout.strip() or 'unknown'
+
+
+def main(argv: list[str]) -> int:
+  """Parses the command line and measures."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  commands = parser.add_subparsers(required=True, dest='what')
+  command = commands.add_parser(
+    'train', formatter_class=argparse.ArgumentDefaultsHelpFormatter
+  )
+  command.add_argument(
+    '--methods',
+    default=','.join([PLAIN, *METHODS]),
+    help='what to compare; ratios are against the first',
+  )
+  for name, value, meaning in (
+    ('rounds', 8, 'timed steps of each variant'),
+    ('d_model', 512, 'width'),
+    ('layers', 8, 'decoder blocks'),
+    ('d_ff', 1376, 'hidden width'),
+    ('heads', 8, 'attention heads'),
+    ('branch', 64, "pQuant's r"),
+    ('vocabulary', 8192, 'tokens of the vocabulary'),
+    ('seq_len', 256, 'tokens of a sequence'),
+    ('batch', 16, 'sequences of a step'),
+  ):
+    command.add_argument(
+      f'--{name.replace("_", "-")}', type=int, default=value, help=meaning
+    )
+  command.add_argument('--json', help='also write the result to this file')
+  args = parser.parse_args(argv)
+  unknown = set(args.methods.split(',')) - {PLAIN, *METHODS}
+  if unknown:
+    parser.error(f'no method {", ".join(unknown)}; see --help')
+  result = train(args)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + '\n')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""What is reported about low-bit weights, against NumPy."""
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from qat import health
+from qat.nn import transformer
+from qat.quant import rules as rules_lib
+from tests import tiny
+
+BINARY = rules_lib.Spec('binary', 'int8', 'tensor')
+TERNARY = rules_lib.Spec('ternary', 'int8', 'tensor')
+INT8 = rules_lib.Spec('int8', 'int8', 'channel')
+NONE = rules_lib.Spec('none', 'none', 'tensor')
+RULES = rules_lib.Rules(
+  (('.*/a', BINARY), ('.*/b', TERNARY), ('.*/c', INT8), ('.*', NONE))
+)
+
+
+def make_params(seed: int):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return {
+    'block_0': {
+      'a': {'kernel': draw(16, 12)},
+      'b': {'kernel': draw(16, 12)},
+      'c': {'kernel': draw(3, 8, 6)},
+      'full': {'kernel': draw(4, 4)},
+      'ffn': {'alpha': jnp.float32(1.5), 'beta': jnp.float32(0.25)},
+    }
+  }
+
+
+def test_measure_counts_flips_zeros_and_scales():
+  old, new = make_params(0), make_params(1)
+  # Half of the rows keep their weights.
+  for name in 'abc':
+    kernel = new['block_0'][name]['kernel']
+    kernel = kernel.at[..., :4, :].set(
+      old['block_0'][name]['kernel'][..., :4, :]
+    )
+    new['block_0'][name] = {'kernel': kernel}
+  found = health.measure(new, health.codes(old, RULES), RULES)
+
+  def binary(w):
+    return np.where(w > w.mean(), 1, -1), np.abs(w).mean()
+
+  def ternary(w):
+    scale = np.abs(w).mean()
+    return np.clip(np.round(w / scale), -1, 1), scale
+
+  def int8(w):
+    scale = np.abs(w).max(-2, keepdims=True) / 127
+    return np.round(w / scale), scale.mean()
+
+  expected = {'health/alpha/block_0': 1.5, 'health/beta/block_0': 0.25}
+  for name, quantize in (('a', binary), ('b', ternary), ('c', int8)):
+    before, _ = quantize(np.asarray(old['block_0'][name]['kernel']))
+    after, scale = quantize(np.asarray(new['block_0'][name]['kernel']))
+    expected[f'health/flips/block_0/{name}'] = np.mean(before != after)
+    expected[f'health/scale/block_0/{name}'] = scale
+    if name == 'b':
+      expected['health/zeros/block_0/b'] = np.mean(after == 0)
+  assert found.keys() == expected.keys()
+  assert 0 < found['health/flips/block_0/a'] < 1
+  for key, value in expected.items():
+    np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=key)
+
+
+def test_nothing_flips_when_nothing_changes():
+  params = make_params(0)
+  found = health.measure(params, health.codes(params, RULES), RULES)
+  flips = [v for k, v in found.items() if k.startswith('health/flips/')]
+  assert len(flips) == 3 and not any(map(float, flips))
+
+
+def test_codes_are_of_every_quantized_layer_alone():
+  codes = health.codes(make_params(0), RULES)
+  assert codes.keys() == {'block_0/a', 'block_0/b', 'block_0/c'}
+  assert {c.dtype for c in codes.values()} == {jnp.dtype('int8')}
+
+
+@pytest.fixture(scope='module')
+def experts():
+  """A pQuant model with 4 experts and 11 blocks, its parameters, a batch."""
+  config = tiny.config('pquant4', {'model.n_layers': 11})
+  model = transformer.build(config, 'cpu', 1)
+  batch = tiny.batch(config)
+  init = jax.jit(lambda key: model.init(key, batch['tokens'])['params'])
+  return model, init(jax.random.key(0)), batch
+
+
+def test_routers_are_named_and_add_up(experts):
+  model, params, batch = experts
+  sown = jax.jit(
+    lambda p: model.apply({'params': p}, batch['tokens'], mutable=['router'])[1]
+  )(params)
+  found = health.routers(sown['router'])
+  keys = {f'health/router_entropy/block_{b}' for b in range(11)}
+  keys |= {
+    f'health/expert_load/block_{b}/{e}' for b in range(11) for e in range(4)
+  }
+  assert found.keys() == keys
+  for b in range(11):
+    loads = [found[f'health/expert_load/block_{b}/{e}'] for e in range(4)]
+    np.testing.assert_allclose(sum(loads), 1, rtol=1e-5)
+    assert 0 < found[f'health/router_entropy/block_{b}'] <= np.log(4) + 1e-5
+
+
+def outputs(model):
+  def forward(params, batch):
+    return model.apply(
+      {'params': params}, batch['tokens'], capture_intermediates=True
+    )[1]['intermediates']
+
+  return forward
+
+
+def no_gradient(params, batch):
+  return params
+
+
+def test_the_first_parameter_that_is_not_finite_is_named(experts):
+  model, params, batch = experts
+  params = jax.tree.map(lambda x: x, params)  # New dicts, the same arrays.
+  kernel = params['block_2']['attn']['v']['kernel']
+  params['block_2']['attn']['v']['kernel'] = kernel.at[1, 2].set(jnp.nan)
+  found = health.first_non_finite(outputs(model), no_gradient, params, batch)
+  assert found.endswith('parameter block_2/attn/v/kernel.')
+
+
+@pytest.mark.parametrize(
+  ('block', 'branch', 'expected'),
+  [
+    # Blocks are in the order of their calls: block_10 is after block_2.
+    ('block_2', 'wide', 'output of block_2/ffn/wide/down/norm.'),
+    ('block_10', 'narrow', 'output of block_10/ffn/narrow/down/norm.'),
+  ],
+)
+def test_the_first_output_that_is_not_finite_is_named(
+  experts, block, branch, expected
+):
+  model, params, batch = experts
+  params = jax.tree.map(lambda x: x, params)
+  ffn = params[block]['ffn'][branch]
+  # Finite, but the gate's product overflows in float32.
+  for name in ('gate', 'up'):
+    ffn[name]['kernel'] = jnp.full_like(ffn[name]['kernel'], 3e37)
+  if branch == 'wide':  # And block_10 too: the earlier one is to be named.
+    later = params['block_10']['attn']['norm']
+    later['scale'] = jnp.full_like(later['scale'], 3e38)
+  found = health.first_non_finite(outputs(model), no_gradient, params, batch)
+  assert found.endswith(expected)
+
+
+def test_the_first_gradient_that_is_not_finite_is_named():
+  params = {'a': {'kernel': jnp.ones(2)}, 'b': {'kernel': jnp.zeros(2)}}
+
+  def forward(params, batch):
+    return {'a': {'__call__': (batch * params['a']['kernel'],)}}
+
+  # sqrt is finite at 0, its derivative is not.
+  gradient = jax.grad(
+    lambda p, batch: jnp.sum(jnp.sqrt(p['b']['kernel']) + p['a']['kernel'])
+  )
+  found = health.first_non_finite(forward, gradient, params, jnp.ones(2))
+  assert found.endswith('gradient of b/kernel.')
+
+
+def test_finite_everywhere_is_said():
+  params = {'a': {'kernel': jnp.ones(2)}}
+  found = health.first_non_finite(
+    lambda params, batch: {'__call__': (params['a']['kernel'],)},
+    no_gradient,
+    params,
+    jnp.ones(2),
+  )
+  assert found == ('Computed again, every output and gradient of it is finite.')
+
+
+def test_the_model_itself_has_a_name():
+  found = health.first_non_finite(
+    lambda params, batch: {'__call__': (batch / 0,)},
+    no_gradient,
+    {'a': jnp.ones(2)},
+    jnp.ones(2),
+  )
+  assert found.endswith('output of the model.')

@@ -1,0 +1,258 @@
+"""RMSNorm against float64; linears that share, or do not share, an input."""
+
+import flax.linen as nn
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from qat.nn import layers
+from qat.quant import dot
+from qat.quant import rules as rules_lib
+from tests import jaxprs
+
+METHOD = dot.Method(int8=False, dtype='float32')
+EPS = 1e-6
+SPECS = {
+  'full': dict(weight='none', activation='none', granularity='tensor'),
+  'binary': dict(weight='binary', activation='int8', granularity='tensor'),
+  'int8': dict(weight='int8', activation='int8', granularity='channel'),
+  'weights': dict(weight='ternary', activation='none', granularity='tensor'),
+}
+
+
+def rules(*pairs):
+  return rules_lib.make_rules(pairs, SPECS)
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def slow_norm(x, gain_D, eps):
+  mean_square = (x * x).mean(-1, keepdims=True)
+  return x / (mean_square + eps) ** 0.5 * jnp.broadcast_to(gain_D, x.shape)
+
+
+class Readers(nn.Module):
+  """Layers 'a', 'b', ... that read one input."""
+
+  rules: rules_lib.Rules
+  features: tuple[int, ...]
+  norm_eps: float | None = None
+  experts: int = 0
+
+  @nn.compact
+  def __call__(self, x, chosen=None):
+    linears = [
+      layers.Linear(n, self.rules, 0.02, self.norm_eps, self.experts, name=name)
+      for name, n in zip('abcd', self.features, strict=False)
+    ]
+    if chosen is None:
+      return layers.project(x, linears, METHOD)
+    return layers.project_by_expert(x, linears[0], chosen, METHOD)
+
+
+def init(model, x):
+  """Random parameters; gains around 1."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+  leaves, tree = jax.tree.flatten(shapes)
+  params = [
+    jnp.asarray(0.3 * normal(*p.shape, seed=i) + (p.ndim == 1))
+    for i, p in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(tree, params)
+
+
+def expected_output(x, w, spec):
+  """Dequantized input times dequantized weight, in float64."""
+  x, w = jnp.asarray(x), jnp.asarray(w)
+  if spec.activation != 'none':
+    x = spec.quantize_input(x).dequantize()
+  if spec.weight != 'none':
+    w = spec.quantize(w).dequantize()
+  return np.float64(x) @ np.float64(w)
+
+
+@pytest.mark.parametrize('shape', [(6,), (5, 6), (2, 3, 6)])
+@pytest.mark.parametrize('eps', [1e-6, 0.5])
+def test_rms_norm_and_its_gradient_are_autodiff_in_float64(shape, eps):
+  x, gain_D, dy = normal(*shape), normal(6, seed=1), normal(*shape, seed=2)
+  y, vjp = jax.vjp(lambda x, g: layers.rms_norm(x, g, eps), x, gain_D)
+  found = (y, *vjp(dy))
+  with jax.enable_x64(True):
+    double = [jnp.asarray(np.float64(a)) for a in (x, gain_D, dy)]
+    y, vjp = jax.vjp(lambda x, g: slow_norm(x, g, eps), *double[:2])
+    expected = [np.asarray(a) for a in (y, *vjp(double[2]))]
+    assert expected[0].dtype == np.float64
+  for actual, value in zip(found, expected, strict=True):
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_computes_bfloat16_in_float32():
+  x = jnp.asarray(normal(4, 512)).astype(jnp.bfloat16)
+  gain_D, dy = normal(512, seed=1), x[::-1]
+  y, vjp = jax.vjp(lambda x, g: layers.rms_norm(x, g, EPS), x, gain_D)
+  dx, dgain_D = vjp(dy)
+  assert y.dtype == dx.dtype == jnp.bfloat16
+  assert dgain_D.dtype == jnp.float32
+  x32, vjp = jax.vjp(
+    lambda x, g: slow_norm(x, g, EPS), x.astype(jnp.float32), gain_D
+  )
+  expected = (x32, *vjp(dy.astype(jnp.float32)))
+  for actual, value in zip((y, dx), expected, strict=False):
+    np.testing.assert_array_equal(actual, value.astype(jnp.bfloat16))
+  np.testing.assert_allclose(dgain_D, expected[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_rms_norm_keeps_its_arguments_alone(dtype):
+  x, gain_D = jnp.ones((8, 16), dtype), jnp.ones(16)
+  vjp = jax.eval_shape(
+    lambda x, g: jax.vjp(lambda x, g: layers.rms_norm(x, g, EPS), x, g)[1],
+    x,
+    gain_D,
+  )
+  kept = [(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(vjp)]
+  assert sorted(kept) == [((8, 16), dtype), ((16,), 'float32')]
+
+
+def test_rms_norm_of_zeros_is_zero_and_trains():
+  y, vjp = jax.vjp(
+    lambda x: layers.rms_norm(x, jnp.ones(4), EPS), jnp.zeros((2, 4))
+  )
+  np.testing.assert_array_equal(y, 0)
+  np.testing.assert_allclose(vjp(jnp.ones((2, 4)))[0], EPS**-0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', SPECS)
+def test_project_multiplies_each_layer_by_its_rule(name):
+  x = normal(2, 3, 8)
+  model = Readers(rules(('b', name), ('.*', 'full')), (5, 4))
+  params = init(model, x)
+  a, b = model.apply({'params': params}, x)
+  assert a.shape == (2, 3, 5) and b.shape == (2, 3, 4)
+  for y, layer in ((a, 'a'), (b, 'b')):
+    spec = model.rules.find(layer)
+    expected = expected_output(x, params[layer]['kernel'], spec)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_different_input_rules_have_different_inputs():
+  x = normal(5, 8)
+  model = Readers(
+    rules(('a', 'binary'), ('b', 'weights'), ('.*', 'int8')), (4, 4, 4)
+  )
+  params = init(model, x)
+  ys = model.apply({'params': params}, x)
+  for y, layer in zip(ys, 'abc', strict=True):
+    expected = expected_output(
+      x, params[layer]['kernel'], model.rules.find(layer)
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_is_quantized_once_for_all_that_share_it():
+  # A binary weight is not rounded, so every rounding is one of an input.
+  x = normal(5, 8)
+  for norm_eps, rounded in ((None, 1), (EPS, 3)):
+    model = Readers(rules(('.*', 'binary')), (4, 4, 4), norm_eps)
+    variables = model.init(jax.random.key(0), x)
+    params = {'params': variables['params']}
+    assert jaxprs.count('round', model.apply, params, x) == rounded
+
+
+def test_layers_with_norms_of_their_own_have_their_own_inputs():
+  x = normal(5, 8)
+  model = Readers(rules(('.*', 'binary')), (4, 3), EPS)
+  params = init(model, x)
+  ys = model.apply({'params': params}, x)
+  for y, layer in zip(ys, 'ab', strict=True):
+    normed = slow_norm(jnp.asarray(x), params[layer]['norm']['scale'], EPS)
+    expected = expected_output(
+      normed, params[layer]['kernel'], model.rules.find(layer)
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['binary', 'int8', 'full'])
+def test_a_stack_applies_every_expert_to_every_token(name):
+  x = normal(2, 3, 8)
+  model = Readers(rules(('.*', name)), (5,), experts=4)
+  params = init(model, x)
+  (y,) = model.apply({'params': params}, x)
+  kernel = params['a']['kernel']
+  assert kernel.shape == (4, 8, 5) and y.shape == (2, 3, 4, 5)
+  for i in range(4):
+    expected = expected_output(x, kernel[i], model.rules.find('a'))
+    np.testing.assert_allclose(y[..., i, :], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['binary', 'int8', 'full'])
+@pytest.mark.parametrize('norm_eps', [None, EPS])
+def test_project_by_expert_gives_each_token_its_expert(name, norm_eps):
+  x, expert_M = normal(7, 8), np.array([2, 0, 0, 3, 2, 2, 0])
+  chosen = expert_M[:, None] == np.arange(4)
+  model = Readers(rules(('.*', name)), (5,), norm_eps, experts=4)
+  params = init(model, x)
+  y = model.apply({'params': params}, x, chosen)
+  source = jnp.asarray(x)
+  if norm_eps:
+    source = slow_norm(source, params['a']['norm']['scale'], EPS)
+  for row, expert in enumerate(expert_M):
+    expected = expected_output(
+      source[row], params['a']['kernel'][expert], model.rules.find('a')
+    )
+    np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['binary', 'full'])
+def test_an_expert_learns_from_its_own_tokens_alone(name):
+  x, dy = normal(4, 8), normal(4, 5, seed=1)
+  chosen = np.array([1, 1, 2, 1])[:, None] == np.arange(3)
+  model = Readers(rules(('.*', name)), (5,), experts=3)
+  params = init(model, x)
+
+  def loss(params, x, rows):
+    y = model.apply({'params': params}, x[rows], chosen[rows])
+    return jnp.sum(y * dy[rows])
+
+  def gradients(rows):
+    dparams, dx = jax.grad(loss, (0, 1))(params, x, np.array(rows))
+    return dparams['a']['kernel'], dx
+
+  whole, dx = gradients([0, 1, 2, 3])
+  np.testing.assert_array_equal(whole[0], 0)
+  first, dx_first = gradients([0, 1, 3])
+  second, dx_second = gradients([2])
+  np.testing.assert_allclose(whole[1], first[1], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(whole[2], second[2], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(dx, dx_first + dx_second, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_layer_multiplies_is_kept_where_it_is_asked_for():
+  x = normal(5, 8)
+  model = Readers(rules(('a', 'binary'), ('.*', 'full')), (4, 4))
+  variables = {'params': init(model, x)}
+  sown = model.apply(variables, x, mutable=['inputs'])[1]['inputs']
+  quantized = model.rules.find('a').quantize_input(jnp.asarray(x))
+  np.testing.assert_array_equal(sown['a']['x'][0], quantized.dequantize())
+  np.testing.assert_array_equal(sown['b']['x'][0], x)
+  assert not model.apply(variables, x, mutable=['router'])[1]
+
+
+def test_kernels_start_normal_and_gains_at_1():
+  model = Readers(rules(('.*', 'binary')), (256,), EPS)
+  params = model.init(jax.random.key(0), np.ones((1, 256), 'f4'))['params']
+  kernel = params['a']['kernel']
+  assert kernel.dtype == jnp.float32
+  assert np.std(kernel) == pytest.approx(0.02, rel=0.02)
+  assert abs(np.mean(kernel)) < 4 * 0.02 / 256
+  np.testing.assert_array_equal(params['a']['norm']['scale'], np.ones(256))
+
+
+def test_a_layer_no_rule_covers_is_named():
+  model = Readers(rules(('a', 'full')), (4, 4))
+  with pytest.raises(ValueError, match="covers 'b'"):
+    model.init(jax.random.key(0), normal(5, 8))

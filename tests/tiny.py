@@ -1,0 +1,110 @@
+"""A model that compiles in seconds, batches for it, and a data set.
+
+Any config of the repository, at a width where every part is still there: two
+heads, an expert's three matrices, a vocabulary that is cut into chunks.
+"""
+
+from collections.abc import Mapping
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from qat import evaluate
+from qat import sharding
+from qat import step as step_lib
+from qat.data import prepare
+
+# Names of what the tests train: a config's stem and fields of it.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+  'fp': ('fp', {}),
+  'bitnet': ('bitnet', {}),
+  'b158': ('bitnet_b158', {}),
+  'pquant': ('pquant', {}),
+  'pquant4': ('pquant', {'model.n_experts': 4}),
+  'pquant8': ('pquant', {'model.n_experts': 8}),
+}
+_SMALL = {
+  'model.vocab_size': 64,
+  'model.d_model': 32,
+  'model.n_layers': 1,
+  'model.n_heads': 2,
+  'model.n_kv_heads': 2,
+  'model.d_ff': 48,
+  'model.branch_width': 8,
+  'model.loss_chunk': 8,
+  'model.init_std': 0.1,
+  'optim.warmup_steps': 4,
+  'data.batch_size': 8,
+  'data.seq_len': 16,
+  'eval.batch_size': 8,
+  'train.steps': 60,
+}
+# Sums of floats in another order differ in the last bits of float32 alone.
+EXACT = {'model.dot_dtype': 'float32', 'model.quantized_dot': 'float'}
+
+
+def config(method: str, fields: Mapping[str, Any] | None = None) -> ConfigDict:
+  """A small locked config of a method; `fields` go over everything else."""
+  stem, own = METHODS[method]
+  made = importlib.import_module(f'configs.{stem}').get_config('tiny')
+  made.update_from_flattened_dict({**_SMALL, **own, **(fields or {})})
+  return made
+
+
+def mesh(config: ConfigDict, devices: int = 1) -> Mesh:
+  """The config's mesh over the first devices."""
+  return sharding.make_mesh(config.mesh, jax.devices()[:devices])
+
+
+def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
+  """Tokens of a noisy arithmetic: predictable, but not from one example."""
+  rng = np.random.default_rng(seed)
+  shape = (config.data.batch_size, config.data.seq_len + 1)
+  steps = rng.integers(1, 4, shape)
+  window = (rng.integers(0, 64, (shape[0], 1)) + steps.cumsum(1)) % 64
+  window = window.astype(np.int32)
+  return {'tokens': window[:, :-1], 'targets': window[:, 1:]}
+
+
+def train(
+  program: step_lib.Program, steps: int, batches: int = 1
+) -> tuple[step_lib.State, list[float]]:
+  """The state after some steps on as many batches, and their losses."""
+  cycle = [
+    evaluate.put(batch(program.config, i), program.mesh) for i in range(batches)
+  ]
+  state, losses = program.init(), []
+  for i in range(steps):
+    state, metrics = program.train_step(state, cycle[i % batches])
+    losses.append(float(metrics['train/loss']))
+  return state, losses
+
+
+def dataset(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+  """A data set of 280 tokens in `folder / 'set'`, prepared from words."""
+  rng = np.random.default_rng(seed)
+  words = 'the sea was calm and a ship, Élise said; under “grey” skies: 日本 🙂'
+  texts = [
+    f'{i} ' + ' '.join(rng.choice(words.split(), rng.integers(1, 200)))
+    for i in range(60)
+  ]
+  source = folder / 'texts.jsonl'
+  source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+  options = prepare.Options(
+    vocab_size=280,
+    tokenizer=None,
+    tokenizer_bytes=1 << 30,
+    end_of_text='<|endoftext|>',
+    field='text',
+    split=None,
+    valid_fraction=0.2,
+    seed=0,
+    shard_tokens=100_000,
+  )
+  return prepare.prepare([str(source)], folder / 'set', options)

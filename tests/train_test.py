@@ -1,0 +1,324 @@
+"""Tests of qat.train: whole runs, their ends, and that nothing is lost."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from configs import pquant
+from qat import config as config_lib
+from qat import guard
+from qat import lock
+from qat import manifest
+from qat import metrics
+from qat import step as step_lib
+from qat import train
+from qat.data import prepare
+
+STEPS = 8
+
+
+@pytest.fixture(scope='module')
+def cache_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  prepare.ensure_embedded(folder, 512)
+  return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_program_per_config():
+  """Compiles a config once for all tests of this file."""
+  programs = {}
+  original = step_lib.compile_program
+
+  def cached(config, mesh):
+    key = config_lib.to_json(config)
+    if key not in programs:
+      programs[key] = original(config, mesh)
+    return programs[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(step_lib, 'compile_program', cached)
+    yield
+
+
+def small(cache_dir, module=pquant, **changes):
+  config = module.get_config('tiny').unlock()
+  config.model.update(
+    d_model=32,
+    n_heads=2,
+    n_kv_heads=2,
+    n_layers=2,
+    d_ff=48,
+    branch_width=16,
+    vocab_size=512,
+  )
+  config.data.update(seq_len=16, batch_size=8, cache_dir=str(cache_dir))
+  config.train.update(steps=STEPS, log_every=1, health_every=4)
+  config.optim.warmup_steps = 2
+  config.eval.update(every=4, batch_size=8, batches=4)
+  config.checkpoint.update(every=3, keep_last=2)
+  config.sensitivity.sequences = 2
+  config.sample.tokens = 4
+  config.update_from_flattened_dict(changes)
+  return config.lock()
+
+
+def outcome(workdir):
+  """Final parameters' digests, and the loss of each step, exactly."""
+  last = manifest.steps(workdir / 'checkpoints')[-1]
+  leaves = manifest.read(workdir / 'checkpoints' / str(last))['leaves']
+  losses = {
+    row['step']: row['train/loss']
+    for row in metrics.read(workdir)
+    if 'train/loss' in row
+  }
+  return last, leaves, losses
+
+
+@pytest.fixture(scope='module')
+def complete(cache_dir, tmp_path_factory):
+  """A run that was never interrupted."""
+  workdir = tmp_path_factory.mktemp('runs') / 'complete'
+  assert train.run(small(cache_dir), workdir) == 0
+  return workdir
+
+
+def stop_at(monkeypatch, stop: int) -> None:
+  monkeypatch.setattr(
+    train,
+    '_stop_requested',
+    lambda _, step, __: 'SIGTERM' if step == stop else None,
+  )
+
+
+def test_a_run_leaves_its_files(complete):
+  for name in (
+    'config.json',
+    'metrics.jsonl',
+    'summary.json',
+    'samples.jsonl',
+    'report.html',
+    f'sensitivity/{STEPS}.json',
+    f'checkpoints/{STEPS}/manifest.json',
+  ):
+    assert (complete / name).stat().st_size > 0
+  assert any((complete / 'tensorboard').iterdir())
+
+
+def test_a_run_logs_what_it_should(complete):
+  rows = metrics.read(complete)
+  keys = {key for row in rows for key in row}
+  for key in (
+    'train/loss',
+    'train/lr',
+    'train/weight_decay',
+    'train/grad_norm',
+    'train/param_norm',
+    'train/tokens_per_s',
+    'train/flops_share',
+    'eval/bits_per_byte',
+    'health/flips/block_0/attn/q',
+    'health/scale/block_1/ffn/narrow/down',
+    'health/alpha/block_0',
+    'health/beta/block_1',
+    'sensitivity/latent/gini/block_0/attn/q',
+    'sensitivity/quantized/top1/block_1/ffn/wide/up',
+  ):
+    assert key in keys, key
+  steps = [row['step'] for row in rows if 'train/loss' in row]
+  assert steps == list(range(1, STEPS + 1))
+  summary = json.loads((complete / 'summary.json').read_text())
+  assert 0 < summary['eval/bits_per_byte'] < 9
+  assert summary['baseline/gzip_bits_per_byte'] > 1
+  assert summary['tokens'] == STEPS * 8 * 16
+
+
+@pytest.mark.parametrize('stop', [1, 4, 7])
+def test_stopped_and_resumed_equals_uninterrupted(
+  stop, complete, cache_dir, tmp_path, monkeypatch
+):
+  config = small(cache_dir)
+  with monkeypatch.context() as patch:
+    stop_at(patch, stop)
+    patch.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
+    assert train.run(config, tmp_path / 'run') == 143
+  assert train.run(config, tmp_path / 'run') == 0
+  assert outcome(tmp_path / 'run') == outcome(complete)
+
+
+def test_a_finished_run_can_be_started_again(complete):
+  before = outcome(complete)
+  config = config_lib.load(complete)
+  (complete / 'summary.json').unlink()
+  assert train.run(config, complete) == 0
+  assert outcome(complete) == before
+  assert (complete / 'summary.json').exists()
+
+
+def test_another_config_is_refused_with_a_diff(complete, cache_dir):
+  changed = small(cache_dir, **{'optim.peak_lr': 0.5, 'train.log_every': 2})
+  with pytest.raises(config_lib.ConfigError, match='optim.peak_lr') as error:
+    train.run(changed, complete)
+  assert 'log_every:' not in str(error.value)
+  assert '0.5' in str(error.value)
+
+
+def test_a_damaged_checkpoint_falls_back(
+  complete, cache_dir, tmp_path, monkeypatch
+):
+  config = small(cache_dir)
+  with monkeypatch.context() as patch:
+    stop_at(patch, 7)
+    patch.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
+    train.run(config, tmp_path)
+  damaged = tmp_path / 'checkpoints/7/manifest.json'
+  damaged.write_text(damaged.read_text()[:-9])
+  assert train.run(config, tmp_path) == 0
+  assert outcome(tmp_path) == outcome(complete)
+  assert (tmp_path / 'checkpoints/7.corrupt').exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cache_dir, tmp_path):
+  config = small(cache_dir, **{'optim.peak_lr': 1e38, 'checkpoint.every': 1})
+  with pytest.raises(train.NonFiniteError, match='The first that') as error:
+    train.run(config, tmp_path)
+  bad = int(re.search(r'Step (\d+)', str(error.value))[1])
+  steps = manifest.steps(tmp_path / 'checkpoints')
+  assert steps
+  assert max(steps) < bad
+
+
+def test_a_second_writer_is_refused(cache_dir, tmp_path):
+  config = small(cache_dir)
+  with lock.hold(tmp_path), pytest.raises(lock.LockedError):
+    train.run(config, tmp_path)
+
+
+def test_a_vocabulary_too_small_is_refused(cache_dir, tmp_path):
+  data = cache_dir / 'austen-512'
+  config = small(
+    cache_dir, **{'data.dataset': str(data), 'model.vocab_size': 300}
+  )
+  with pytest.raises(config_lib.ConfigError, match='512'):
+    train.run(config, tmp_path / 'run')
+
+
+def test_ternary_layers_log_their_zeros(cache_dir, tmp_path):
+  from configs import bitnet_b158
+
+  config = small(cache_dir, bitnet_b158, **{'train.steps': 4})
+  assert train.run(config, tmp_path) == 0
+  zeros = [
+    value
+    for row in metrics.read(tmp_path)
+    for key, value in row.items()
+    if key.startswith('health/zeros/')
+  ]
+  assert zeros
+  assert all(0 < share < 1 for share in zeros)
+
+
+def test_experts_log_their_load(cache_dir, tmp_path):
+  changes = {'train.steps': 4, 'model.n_experts': 2}
+  assert train.run(small(cache_dir, **changes), tmp_path) == 0
+  rows = [row for row in metrics.read(tmp_path) if _LOAD in row]
+  assert rows
+  for row in rows:
+    other = row[_LOAD[:-1] + '1']
+    assert row[_LOAD] + other == pytest.approx(1)
+    assert 0 <= row['health/router_entropy/block_0'] <= np.log(2) + 1e-6
+
+
+_LOAD = 'health/expert_load/block_0/0'
+
+
+def command(workdir, *changes) -> list[str]:
+  return [
+    sys.executable,
+    '-m',
+    'qat.main',
+    '--config=configs/pquant.py:tiny',
+    f'--workdir={workdir}',
+    *(f'--config.{change}' for change in changes),
+  ]
+
+
+@pytest.fixture(scope='module')
+def environment():
+  """One device, and the root of the project as the working folder."""
+  variables = dict(os.environ, XLA_FLAGS='')
+  root = pathlib.Path(__file__).parent.parent
+  return dict(env=variables, cwd=root, text=True, capture_output=True)
+
+
+def test_sigterm_saves_and_leaves_with_143(cache_dir, tmp_path, environment):
+  environment = {k: v for k, v in environment.items() if k != 'capture_output'}
+  changes = (f'data.cache_dir={cache_dir}', 'model.vocab_size=512')
+  process = subprocess.Popen(
+    command(tmp_path, *changes, 'model.n_layers=1', 'train.log_every=1'),
+    **environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
+  for line in process.stdout:
+    if 'step   3' in line:
+      process.send_signal(signal.SIGTERM)
+      break
+  rest = process.communicate(timeout=60)[0]
+  assert process.returncode == 143, rest
+  saved = manifest.steps(tmp_path / 'checkpoints')
+  assert saved
+  assert f'step {saved[-1]} is saved' in rest
+
+
+@pytest.mark.slow
+def test_killed_ten_times_equals_uninterrupted(
+  cache_dir, tmp_path, environment
+):
+  changes = (
+    f'data.cache_dir={cache_dir}',
+    'model.vocab_size=512',
+    'train.steps=60',
+    'train.log_every=1',
+    'checkpoint.every=2',
+    'data.batch_size=8',
+    'sensitivity.sequences=1',
+    'optim.warmup_steps=10',
+  )
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  done = subprocess.run(command(whole, *changes), **environment, check=False)
+  assert done.returncode == 0, done.stderr
+  rng = random.Random(0)
+  environment = {k: v for k, v in environment.items() if k != 'capture_output'}
+  at = sorted(rng.sample(range(2, 58), 10))
+  for step in at:
+    process = subprocess.Popen(
+      command(killed, *changes),
+      **environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+    log = ''
+    for line in process.stdout:
+      log += line
+      found = re.match(r'step +(\d+)/', line)
+      if found and int(found[1]) >= step:
+        time.sleep(rng.random() * 0.3)  # Into the next step, or a save.
+        process.kill()
+        break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, log
+  done = subprocess.run(
+    command(killed, *changes), **environment, capture_output=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert outcome(killed) == outcome(whole)
