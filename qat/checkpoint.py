@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: atomic, verified by digest, never silent.
+"""Saving checkpoints that can be trusted: atomic, with digests, never silent.
 
-Orbax writes and reads the arrays. What it leaves open is done here: a digest of
-every leaf, taken on the devices before the state can change and compared after
-every restore; one rename that makes a step exist; a retention that looks at the
-disk and not at memory; errors that reach the training loop.
+Orbax writes the arrays. What it leaves open is done here: a digest of every
+leaf, taken on the devices before the state can change; one rename that makes a
+step exist; a retention that looks at the disk and not at memory; errors that
+reach the training loop. `qat.restore` reads what is written here.
 
     <directory>/<step>/manifest.json   names, shapes, dtypes, digests, `extra`
     <directory>/<step>/state/          orbax: {leaf name: array}
@@ -19,192 +19,28 @@ from collections.abc import Callable
 import concurrent.futures
 import os
 from pathlib import Path
-import re
 import shutil
 import threading
 from typing import Any
-from typing import NamedTuple
 
-from etils import epath
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
 from qat import digest
 from qat import manifest
+from qat import restore
 
 _SPARE = 1.1  # Free disk space that a save needs, in sizes of the state.
-_LONGEST = 400  # Characters of tensorstore's errors, which are pages.
-# Status codes in the errors of tensorstore and XLA that tell of this machine's
-# limits and rights, not of damaged files.
-_NOT_DAMAGE = re.compile(
-  'RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED'
-)
-
-
-CorruptError = manifest.CorruptError
 
 
 class SaveError(RuntimeError):
   """A step could not be saved; names the step, its path and the cause."""
 
 
-class Restored(NamedTuple):
-  """What `restore` found: the step, the state, and what was saved with it."""
-
-  step: int
-  state: Any
-  extra: dict
-
-
-# ------------------------------------------------------------------- restoring
-
-
-def _from_first(value: int) -> int:
-  """Process 0's value, in every process."""
-  if jax.process_count() == 1:
-    return value
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _everywhere(ok: bool) -> bool:
-  """Whether `ok` holds in every process."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(multihost_utils.process_allgather(np.bool_(ok)).all())
-
-
-def _read_arrays(path: Path, wanted: dict) -> dict[str, jax.Array]:
-  """Orbax's part of a restore; what it raises for damage is a CorruptError."""
-  try:
-    return ocp.PyTreeCheckpointHandler().restore(
-      epath.Path(path / 'state'),
-      args=ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-      ),
-    )
-  except (MemoryError, PermissionError):
-    raise
-  except Exception as error:  # Damage comes as nearly any type.
-    if _NOT_DAMAGE.search(str(error)):
-      raise
-    why = f'{type(error).__name__}: {error}'[:_LONGEST]
-    raise CorruptError(f'{path} cannot be read: {why}') from error
-
-
-def _read_step(path: Path, wanted: dict, partial: bool) -> tuple[dict, dict]:
-  """({name: array}, extra) of one step; a CorruptError when it is damaged."""
-  problem, saved, arrays = None, {}, {}
-  try:
-    saved = manifest.read(path)
-    manifest.refuse_mismatch(path, saved, wanted, partial=partial)
-    arrays = _read_arrays(path, wanted)
-  except CorruptError as error:
-    problem = error
-  if not _everywhere(problem is None):  # The digests need every process.
-    raise problem or CorruptError(f'{path} cannot be read by another process')
-  found = {name: digest.digest(array) for name, array in arrays.items()}
-  wrong = [
-    name
-    for name, words in found.items()
-    if digest.as_hex(words) != saved['leaves'][name]['digest']
-  ]
-  if wrong:
-    raise CorruptError(
-      f'{path}: the digest of {len(wrong)} of {len(found)} leaves is wrong: '
-      + ', '.join(wrong[:5] + ['...'] * (len(wrong) > 5))
-    )
-  return arrays, saved['extra']
-
-
-def restore(
-  directory: Path,
-  abstract_state: Any,
-  *,
-  partial: bool,
-  quarantine: bool,
-  say: Callable[[str], None] = print,
-) -> Restored | None:
-  """The newest step that passes its check, onto any mesh.
-
-  Args:
-    directory: the folder of the checkpoints.
-    abstract_state: a tree of jax.ShapeDtypeStruct, each with its sharding.
-    partial: whether `abstract_state` may be a part of what was saved (the
-      parameters alone, say).
-    quarantine: whether a damaged step is renamed to `<step>.corrupt`; only for
-      who holds the run's lock.
-    say: takes one line for each step that is passed over.
-
-  Returns:
-    The step, its state and its `extra`, or None when nothing was ever saved.
-
-  Raises:
-    ValueError: the newest good step has other leaves, shapes or dtypes.
-    CorruptError: there are steps, and all of them are damaged.
-    NotADirectoryError: `directory` is a file.
-  """
-  directory = Path(directory)
-  wanted = manifest.named(abstract_state)
-  for name, leaf in wanted.items():
-    if leaf.sharding is None:
-      raise ValueError(f'Leaf {name!r} of the abstract state has no sharding.')
-    try:
-      leaf.sharding.shard_shape(leaf.shape)
-    except ValueError as error:
-      raise ValueError(f'Leaf {name!r} cannot be split: {error}') from None
-  first = jax.process_index() == 0
-  damaged = manifest.numbered(directory, '.corrupt') if first else []
-  candidates = manifest.numbered(directory) if first else []
-  while (step := _from_first(candidates.pop() if candidates else -1)) >= 0:
-    path = directory / str(step)
-    try:
-      arrays, extra = _read_step(path, wanted, partial)
-    except CorruptError as error:
-      say(f'Checkpoint {step} is damaged and passed over: {error}')
-      damaged.append(step)
-      if quarantine and first:
-        _set_aside(path)
-      continue
-    state = jax.tree.unflatten(
-      jax.tree.structure(abstract_state), [arrays[name] for name in wanted]
-    )
-    return Restored(step, state, extra)
-  if _from_first(len(damaged)):
-    raise CorruptError(
-      f'No checkpoint in {directory} can be restored; damaged: steps '
-      f'{sorted(set(damaged))}. To start afresh, delete that folder or take '
-      'another workdir.'
-    )
-  return None
-
-
-def _sync(path: Path) -> None:
-  """Makes a file, or the entries of a folder, survive a loss of power."""
-  fd = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)
-
-
-def _set_aside(path: Path) -> None:
-  corrupt = path.with_name(path.name + '.corrupt')
-  if corrupt.exists():
-    shutil.rmtree(corrupt)
-  path.rename(corrupt)
-
-
-# ---------------------------------------------------------------------- saving
-
-
 class Checkpointer:
   """Saves in the background; the end of the `with` block waits.
 
-  Whoever makes one must hold the run's lock (`qat.guard.lock`): it deletes what
+  Whoever makes one must hold the run's lock (`qat.lock`): it deletes what
   a killed run left half written.
   """
 
@@ -254,11 +90,9 @@ class Checkpointer:
         shutil.rmtree(self._directory / f'{step}.tmp')
 
   def __enter__(self) -> 'Checkpointer':
-    """Returns itself."""
     return self
 
   def __exit__(self, *_: object) -> None:
-    """Waits for the last save; a SaveError when it failed."""
     self.wait()
 
   def save(self, step: int, state: Any, extra: dict) -> None:
@@ -276,7 +110,9 @@ class Checkpointer:
     self.wait()
     leaves = manifest.named(state)
     body = manifest.make(step, leaves, extra)
-    taken = _from_first(max(manifest.numbered(self._directory), default=-1))
+    taken = restore.from_first(
+      max(manifest.numbered(self._directory), default=-1)
+    )
     if step <= taken:
       raise ValueError(
         f'Step {step} cannot be saved after step {taken}, which is in '
@@ -341,10 +177,10 @@ class Checkpointer:
     if failure is not None:
       raise self._error(self._step, failure) from failure
 
-  def restore(self, abstract_state: Any) -> Restored | None:
-    """The newest good step, whole; see `restore`. Sets damaged steps aside."""
+  def restore(self, abstract_state: Any) -> restore.Restored | None:
+    """The newest good step; damaged ones are set aside. See `qat.restore`."""
     self.wait()
-    return restore(
+    return restore.newest(
       self._directory,
       abstract_state,
       partial=False,
@@ -359,7 +195,7 @@ class Checkpointer:
   def _make_room(self, tmp: Path, size: int) -> None:
     """Checks the free space (process 0's word counts) and clears `tmp`."""
     free = shutil.disk_usage(self._directory).free if self._first else 0
-    free_mib = _from_first(min(free >> 20, 2**31 - 1))
+    free_mib = restore.from_first(min(free >> 20, 2**31 - 1))
     need_mib = int(size * _SPARE) >> 20
     if free_mib <= need_mib:
       raise OSError(
@@ -405,7 +241,7 @@ class Checkpointer:
     _sync(self._directory)
     self._at('after_commit')
     if manifest.read(final) != body:
-      raise CorruptError(f'{final} reads back as something else')
+      raise manifest.CorruptError(f'{final} reads back as something else')
     self._prune()
 
   def _prune(self) -> None:
@@ -437,3 +273,12 @@ class Checkpointer:
     wanted, _, n = os.environ.get('QAT_FAULT_AT', '').partition(':')
     if wanted == point and self._reached[point] == int(n or 1):
       os._exit(137)
+
+
+def _sync(path: Path) -> None:
+  """Makes a file, or the entries of a folder, survive a loss of power."""
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)

@@ -245,6 +245,7 @@ def load(workdir: pathlib.Path) -> ConfigDict:
 
   Raises:
     FileNotFoundError: where there is no run.
+    ConfigError: its config.json cannot be read.
   """
   path = workdir / 'config.json'
   if not path.is_file():
@@ -252,7 +253,13 @@ def load(workdir: pathlib.Path) -> ConfigDict:
       f'{workdir} holds no run: {path} is missing. Give a folder that'
       ' qat.main wrote with --workdir.'
     )
-  return from_json(path.read_text())
+  try:
+    return from_json(path.read_text('utf-8'))
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+      f'{path} is damaged ({type(error).__name__}: {error}); put back the'
+      ' config that the run was started with, or give another --workdir.'
+    ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import html
 import math
 
 from rich import box
@@ -28,6 +29,11 @@ def printable(text: str) -> str:
     else c.encode('unicode_escape').decode('ascii')
     for c in text
   )
+
+
+def as_html(text: str) -> str:
+  """HTML, in an element or an attribute, that shows `text` as it is."""
+  return html.escape(printable(text))
 
 
 def count(number: float) -> str:
@@ -103,9 +109,7 @@ def summary_table(
   longest = max((summary[key] for key in _BARS if key in summary), default=0)
   known = {key for key, _, _ in SUMMARY}
   rows = [row for row in SUMMARY if row[0] in summary]
-  rows += [
-    (key, key, '{:.4g}'.format) for key in summary if key not in known
-  ]
+  rows += [(key, key, '{:.4g}'.format) for key in summary if key not in known]
   for key, label, form in rows:
     ours = key == 'eval/bits_per_byte'
     bar = ''

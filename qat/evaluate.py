@@ -58,6 +58,7 @@ def evaluate(
   config: ConfigDict,
   dataset: dataset_lib.Dataset,
   mesh: Mesh,
+  hurry: Callable[[], object] = lambda: False,
 ) -> dict[str, float]:
   """Predicts every token of the validation split once.
 
@@ -67,11 +68,12 @@ def evaluate(
     config: a run's config; `eval` says how many batches.
     dataset: the open data set.
     mesh: the mesh.
+    hurry: asked between batches; true ends the evaluation without a result.
 
   Returns:
-    eval/loss (nats per token), eval/perplexity, and eval/bits_per_byte: the
-    bits of all predicted tokens, ends of text included, over the bytes of the
-    text they stand for.
+    Nothing, in a hurry; else eval/loss (nats per token), eval/perplexity, and
+    eval/bits_per_byte: the bits of all predicted tokens, ends of text included,
+    over the bytes of the text they stand for.
   """
   token_bytes_V = jnp.asarray(dataset.token_bytes, jnp.float32)
   sums = []
@@ -85,7 +87,12 @@ def evaluate(
   )
   with jax.set_mesh(mesh):
     for batch in batches:
+      if hurry():
+        return {}
       sums.append(eval_step(params, put(batch, mesh), token_bytes_V))
+      if len(sums) > 1:  # Not far ahead of the device: `hurry` must be seen.
+        with guard.time_limit('an evaluation', config.train.timeout_s):
+          sums[-2].nats.block_until_ready()
   with guard.time_limit('the evaluation', config.train.timeout_s):
     # Added up in float64 on the host: float32 would lose small parts.
     nats, tokens, size = np.sum(

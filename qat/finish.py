@@ -1,5 +1,7 @@
 """What a run says first and last: sizes, sensitivity, samples, a report."""
 
+from collections.abc import Callable
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -10,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from qat import display
-from qat import evaluate
 from qat import metrics
 from qat import report
 from qat import sensitivity
+from qat import sensitivity_files
 from qat import step as step_lib
 from qat.data import dataset as dataset_lib
 from qat.data import loader as loader_lib
@@ -67,8 +69,11 @@ def study(
   workdir: pathlib.Path,
   log: metrics.Logger,
   step: int,
+  hurry: Callable[[], object] = lambda: False,
 ) -> None:
   """Measures and writes the sensitivity of every quantized layer.
+
+  `hurry` is asked before each layer; true ends the study without a result.
 
   The calibration batch is the first of another shuffle of the training split:
   fixed for a run, and the same for all runs with its seed.
@@ -90,14 +95,15 @@ def study(
     whole = NamedSharding(program.mesh, P())
     params = jax.jit(lambda p: p, out_shardings=whole)(params)
     tokens_BT = jax.device_put(tokens_BT, whole)
+  records = capture.linear_records(program.model, params, tokens_BT)
   analysis = sensitivity.analyse(
-    capture.linear_records(program.model, params, tokens_BT),
+    itertools.takewhile(lambda _: not hurry(), records),
     config.sensitivity.damping,
   )
-  if not analysis:
+  if hurry() or not analysis:
     return
   if jax.process_index() == 0:
-    sensitivity.save(workdir, step, analysis)
+    sensitivity_files.save(workdir, step, analysis)
   log.scalars(step, sensitivity.scalars(analysis))
 
 

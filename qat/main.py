@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from qat import checkpoint
 from qat import config as config_lib
 from qat import lock
+from qat import manifest
 from qat import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,7 +43,7 @@ _USER_ERRORS = (config_lib.ConfigError, lock.LockedError, FileNotFoundError)
 _RUN_ERRORS = (
   train.NonFiniteError,
   checkpoint.SaveError,
-  checkpoint.CorruptError,
+  manifest.CorruptError,
 )
 
 
@@ -52,7 +53,7 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise ValueError(f'unknown arguments {" ".join(rest[1:])}')
-    _ = _CONFIG.value  # Where the file is missing, this says so.
+    _ = _CONFIG.value.name  # Where the file is missing, this says so.
     return rest
   except SystemExit:
     raise

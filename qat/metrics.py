@@ -156,7 +156,9 @@ class Logger:
   def say(self, message: str) -> None:
     """Prints a line, above the bar where there is one."""
     if self._primary:
-      self.console.print(rich_text.Text(display.printable(message)), soft_wrap=True)
+      self.console.print(
+        rich_text.Text(display.printable(message)), soft_wrap=True
+      )
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

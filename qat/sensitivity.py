@@ -25,43 +25,20 @@ weights are always analysed as well.
 """
 
 from collections.abc import Iterable
-from collections.abc import Mapping
 import dataclasses
 import functools
-import json
-from pathlib import Path
-from typing import Any
-from typing import Protocol
-import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qat import metrics
+from qat.nn import capture
 
 # Bins of log10(s / mean s). What lies outside, zeros too, counts in the bin at
 # that end. A layer whose weights all matter alike is one spike at 0.
 EDGES = np.arange(-8.0, 4.25, 0.25)
 MAP_SIDE = 96  # A picture has at most so many rows and columns.
 KINDS = ('latent', 'quantized')
-
-
-class LinearRecord(Protocol):
-  """One quantized linear layer and inputs of it; see `qat.nn.capture`.
-
-  Attributes:
-    path: of the layer, such as 'block_0/attn/q'; unique.
-    x_MK: the inputs as the layer multiplies them.
-    latent_KN: the weights that the optimizer moves.
-    quantized_KN: the weights that the forward pass multiplies with.
-  """
-
-  path: str
-  x_MK: jax.Array
-  latent_KN: jax.Array
-  quantized_KN: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +141,6 @@ def max_pool(s_KN: jax.Array, side: int = MAP_SIDE) -> jax.Array:
   return jnp.max(windows, axis=2).T
 
 
-@jax.jit
 def _sum(s_KN: jax.Array) -> jax.Array:
   # In two steps: one running float32 sum of 10^7 scores loses three digits.
   return jnp.sum(jnp.sum(s_KN, axis=1))
@@ -186,10 +162,13 @@ def _stats(s_KN: jax.Array) -> dict[str, jax.Array]:
   }
 
 
-def analyse(records: Iterable[LinearRecord], damping: float) -> Analysis:
+def analyse(
+  records: Iterable[capture.LinearRecord], damping: float
+) -> Analysis:
   """The sensitivity of every layer, of its latent and its quantized weights.
 
-  A layer that saw no input but zeros has scores of 0.
+  A layer that saw no input but zeros, such as an expert that no token went to,
+  has scores of 0.
 
   Args:
     records: one of each layer; read one at a time, so that an iterator needs
@@ -200,16 +179,17 @@ def analyse(records: Iterable[LinearRecord], damping: float) -> Analysis:
     path -> 'latent' and 'quantized' -> Stats.
 
   Raises:
-    ValueError: shapes that do not fit, a path that comes twice, values that are
-      not finite, or inputs that need more damping.
+    ValueError: values that are not finite, or inputs that need more damping.
   """
   analysis = {}
   for record in records:
-    _check(record)
-    if record.path in analysis:
-      raise ValueError(f'Two records of {record.path!r}; a layer has one.')
+    for name in ('x_MK', 'latent_KN', 'quantized_KN'):
+      if not jnp.all(jnp.isfinite(getattr(record, name))):
+        raise ValueError(
+          f'{record.path!r}: {name} has values that are not finite.'
+        )
     if jnp.any(record.x_MK):
-      inverse_K = inverse_diagonal(_pad(record.x_MK), damping)
+      inverse_K = inverse_diagonal(record.x_MK, damping)
       if not jnp.all(jnp.isfinite(inverse_K)):
         raise ValueError(
           f'The inputs of {record.path!r} depend on each other too closely for '
@@ -237,209 +217,7 @@ def scalars(analysis: Analysis) -> dict[str, float]:
   }
 
 
-def save(workdir: Path, step: int, analysis: Analysis) -> None:
-  """Writes sensitivity/<step>.json (numbers) and <step>.npz (maps).
-
-  Args:
-    workdir: folder of the run.
-    step: optimizer steps the weights have taken.
-    analysis: from `analyse`.
-  """
-  folder = Path(workdir) / 'sensitivity'
-  folder.mkdir(exist_ok=True)
-  numbers = {
-    'step': step,
-    'edges': EDGES.tolist(),
-    'linears': {
-      path: {kind: _numbers(stats) for kind, stats in kinds.items()}
-      for path, kinds in analysis.items()
-    },
-  }
-  maps = {
-    f'{kind}/{path}': stats.map_NK
-    for path, kinds in analysis.items()
-    for kind, stats in kinds.items()
-  }
-  # The .json comes last: where it stands, both files are whole.
-  with metrics.replacing(folder / f'{step}.npz') as file:
-    np.savez_compressed(file, **maps)
-  with metrics.replacing(folder / f'{step}.json') as file:
-    file.write(json.dumps(numbers, allow_nan=False).encode())
-
-
-def steps(workdir: Path) -> list[int]:
-  """The steps of a run that have a saved analysis, in order."""
-  names = (p.stem for p in (Path(workdir) / 'sensitivity').glob('*.json'))
-  return sorted(int(name) for name in names if name.isdecimal())
-
-
-def load(workdir: Path, step: int) -> Analysis:
-  """What `save` wrote.
-
-  Args:
-    workdir: folder of the run.
-    step: one of `steps(workdir)`.
-
-  Raises:
-    FileNotFoundError: there is no such analysis.
-    ValueError: a file is damaged; the message names it.
-  """
-  path = Path(workdir) / 'sensitivity' / f'{step}.json'
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'No sensitivity of step {step} in {workdir}; there are {steps(workdir)}.'
-    )
-  try:
-    linears = json.loads(path.read_bytes())['linears']
-    with (
-      path.with_suffix('.npz').open('rb') as file,
-      np.load(file, allow_pickle=False) as maps,
-    ):
-      return {
-        name: {
-          kind: _from_numbers(kinds[kind], maps[f'{kind}/{name}'])
-          for kind in KINDS
-        }
-        for name, kinds in linears.items()
-      }
-  except _DAMAGE as error:
-    raise ValueError(
-      f'{path} or the .npz beside it is damaged: {error}. Delete both to go on '
-      'without them.'
-    ) from error
-
-
-def figure(analysis: Analysis, paths: Iterable[str], out_png: Path) -> None:
-  """Draws maps as pQuant's figures 2 and 5a do: log sensitivity, max-pooled.
-
-  One row a layer: latent weights on the left, quantized ones on the right, all
-  in the colours of one scale, so that rows and columns can be compared.
-
-  Args:
-    analysis: from `analyse` or `load`.
-    paths: the layers to draw.
-    out_png: where the picture is written.
-
-  Raises:
-    ValueError: a path that was not analysed, or no path at all.
-  """
-  # Here because a training run, which imports this file, draws nothing.
-  from matplotlib import figure as mpl_figure
-
-  paths = list(paths)
-  for path in paths:
-    if path not in analysis:
-      raise ValueError(
-        f'No sensitivity of {path!r}; there is that of {sorted(analysis)}.'
-      )
-  if not paths:
-    raise ValueError('No paths to draw.')
-  low, high = color_range([analysis[p][k] for p in paths for k in KINDS])
-  picture = mpl_figure.Figure(
-    figsize=(8, 3.2 * len(paths)), dpi=150, layout='constrained'
-  )
-  axes = picture.subplots(len(paths), len(KINDS), squeeze=False)
-  for row, path in zip(axes, paths, strict=True):
-    for axis, kind in zip(row, KINDS, strict=True):
-      stats = analysis[path][kind]
-      image = axis.imshow(
-        np.maximum(stats.map_NK.astype(np.float32), low),
-        cmap='magma',
-        vmin=low,
-        vmax=high,
-        aspect='auto',
-        interpolation='nearest',
-      )
-      axis.set(xticks=[], yticks=[])
-      axis.set_xlabel('inputs')
-      axis.set_ylabel('outputs')
-      axis.set_title(
-        f'{path}, {kind}\nGini {stats.gini:.2f}, '
-        f'top 1 % holds {100 * stats.top1:.0f} %',
-        fontsize=9,
-        parse_math=False,
-      )
-  picture.colorbar(image, ax=axes, label='log10(sensitivity / mean)')
-  picture.savefig(out_png)
-
-
-def color_range(stats: Iterable[Stats]) -> tuple[float, float]:
-  """One range of log10(s / mean) that shows several maps; low < high."""
-  values = np.concatenate([s.map_NK.ravel() for s in stats]).astype(np.float32)
-  values = values[np.isfinite(values)]
-  if not values.size:
-    return -1.0, 1.0
-  # The faintest windows would stretch the scale over noise.
-  low, high = np.percentile(values, 1), values.max()
-  return float(low), float(max(high, low + 0.1))
-
-
-_DAMAGE = (
-  AttributeError,
-  EOFError,
-  FileNotFoundError,
-  KeyError,
-  NotImplementedError,
-  RecursionError,
-  TypeError,
-  ValueError,
-  zipfile.BadZipFile,
-  zlib.error,
-)
-
-
-def _check(record: LinearRecord) -> None:
-  k = record.x_MK.shape[-1]
-  if record.latent_KN.shape != record.quantized_KN.shape or (
-    record.x_MK.ndim,
-    record.latent_KN.ndim,
-    record.latent_KN.shape[0],
-  ) != (2, 2, k):
-    raise ValueError(
-      f'{record.path!r}: inputs {record.x_MK.shape}, latent weights '
-      f'{record.latent_KN.shape} and quantized weights '
-      f'{record.quantized_KN.shape} are not [M, K], [K, N] and [K, N].'
-    )
-  for name in ('x_MK', 'latent_KN', 'quantized_KN'):
-    if not jnp.all(jnp.isfinite(getattr(record, name))):
-      raise ValueError(
-        f'{record.path!r}: {name} has values that are not finite.'
-      )
-
-
-def _pad(x_MK: jax.Array) -> jax.Array:
-  # Experts see different numbers of tokens; rows of zeros change no product and
-  # keep the number of shapes that are compiled small.
-  rows = 1 << (x_MK.shape[0] - 1).bit_length()
-  return jnp.pad(x_MK, ((0, rows - x_MK.shape[0]), (0, 0)))
-
-
 def _to_host(stats: dict[str, jax.Array]) -> Stats:
-  host: dict[str, Any] = jax.device_get(stats)
-  for name in ('gini', 'top1', 'mean'):
-    host[name] = float(host[name])
-  return Stats(**host)
-
-
-def _numbers(stats: Stats) -> dict[str, Any]:
-  return {
-    'gini': stats.gini,
-    'top1': stats.top1,
-    'mean': stats.mean,
-    'histogram': stats.histogram.tolist(),
-  }
-
-
-def _from_numbers(numbers: Mapping[str, Any], map_NK: np.ndarray) -> Stats:
-  histogram = np.asarray(numbers['histogram'], np.float32)
-  if histogram.shape != (len(EDGES) - 1,):
-    raise ValueError(f'a histogram of {histogram.shape} bins')
-  if map_NK.ndim != 2 or max(map_NK.shape) > MAP_SIDE:
-    raise ValueError(f'a map of shape {map_NK.shape}')
-  return Stats(
-    gini=float(numbers['gini']),
-    top1=float(numbers['top1']),
-    mean=float(numbers['mean']),
-    histogram=histogram,
-    map_NK=map_NK,
-  )
+  host = jax.device_get(stats)
+  numbers = {name: float(host[name]) for name in ('gini', 'top1', 'mean')}
+  return Stats(**host | numbers)

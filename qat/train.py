@@ -25,7 +25,7 @@ from qat import sharding
 from qat import step as step_lib
 from qat.data import dataset as dataset_lib
 from qat.data import loader as loader_lib
-from qat.data import prepare
+from qat.infer import load
 
 
 class NonFiniteError(RuntimeError):
@@ -64,9 +64,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
     # 1. What needs no state, and loses nothing when it is interrupted.
     with interrupts.nothing_to_lose():
-      dataset = open_dataset(config)
+      dataset = load.open_dataset(config)
       loader = enter(contextlib.closing(_open_loader(config, dataset)))
       mesh = sharding.make_mesh(config.mesh)
+      enter(jax.set_mesh(mesh))
       with guard.time_limit('compiling', config.train.timeout_s):
         program = step_lib.compile_program(config, mesh)
       eval_step = evaluate.make_eval_step(config, program.model, mesh)
@@ -109,6 +110,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     #    newest measurements are read too, so that no state is saved or
     #    evaluated that came out of a step gone wrong.
     meter = _Meter(program, peak, first)
+    hurry = lambda: jax.process_count() == 1 and interrupts.requested  # noqa: E731
     late = None
     evaluated = {}
     for step in range(first + 1, config.train.steps + 1):
@@ -130,54 +132,47 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
       stop = _stop_requested(interrupts, step, config.train.log_every)
       evaluates = done or step % config.eval.every == 0
-      saves = done or stop or step % config.checkpoint.every == 0
       studies = _divides(config.sensitivity.every, step)
-      if not (evaluates or saves or studies):
+      saves = done or step % config.checkpoint.every == 0
+      if not (stop or evaluates or studies or saves):
         continue
       settle(late)
       late = None
       with meter.pause():
-        if evaluates:
+        if evaluates and not stop:
           evaluated = evaluate.evaluate(
-            eval_step, state.params, config, dataset, mesh
+            eval_step, state.params, config, dataset, mesh, hurry
           )
-          log.scalars(step, evaluated)
-        if studies:
-          finish.study(program, state.params, dataset, workdir, log, step)
-        if saves:
+          if evaluated:
+            log.scalars(step, evaluated)
+        if studies and not stop:
+          finish.study(
+            program, state.params, dataset, workdir, log, step, hurry
+          )
+        stop = stop or _stop_requested(interrupts, step, config.train.log_every)
+        if saves or stop:
           seconds = seconds_before + time.monotonic() - started
           checkpoints.save(
             step, state, {'data': loader.state(), 'seconds': seconds}
           )
         checkpoints.poll()
-      if stop and not done:
+      if stop:
         checkpoints.wait()
         log.say(f'{stop}: step {step} is saved; the same command goes on.')
         return interrupts.exit_code()
     checkpoints.wait()
 
     # 4. What a finished run leaves.
-    if not evaluated:  # It was complete when it was started again.
-      evaluated = evaluate.evaluate(
-        eval_step, state.params, config, dataset, mesh
+    with interrupts.nothing_to_lose():
+      if not evaluated:  # It was complete when it was started again.
+        evaluated = evaluate.evaluate(
+          eval_step, state.params, config, dataset, mesh, hurry
+        )
+      seconds = seconds_before + time.monotonic() - started
+      finish.finish(
+        program, state.params, dataset, workdir, log, evaluated, seconds
       )
-    seconds = seconds_before + time.monotonic() - started
-    finish.finish(
-      program, state.params, dataset, workdir, log, evaluated, seconds
-    )
   return 0
-
-
-def open_dataset(config: ConfigDict) -> dataset_lib.Dataset:
-  """The data set of a config; the embedded one is prepared on first use."""
-  path = config.data.dataset
-  if path == 'austen':
-    path = prepare.ensure_embedded(
-      config.data.cache_dir, config.model.vocab_size
-    )
-  dataset = dataset_lib.open_dataset(path)
-  config_lib.check_tokenizer(config, dataset.vocab_size, str(path))
-  return dataset
 
 
 def _open_loader(
@@ -303,5 +298,4 @@ def _diagnose(
     )[0]
     return jax.grad(loss)(params)
 
-  with jax.set_mesh(program.mesh):
-    return health.first_non_finite(forward, gradient, params, batch)
+  return health.first_non_finite(forward, gradient, params, batch)

@@ -24,7 +24,8 @@ import platform
 import statistics
 import subprocess
 import time
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -37,8 +38,8 @@ from configs import bitnet
 from configs import bitnet_b158
 from configs import fp
 from configs import pquant
+from qat import display
 from qat import flops
-from qat import metrics
 from qat import optim
 from qat import sharding
 from qat import step as step_lib

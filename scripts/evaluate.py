@@ -24,8 +24,8 @@ from typing import Any
 from rich import console as rich_console
 from rich import table as rich_table
 
-from qat import checkpoint
 from qat import evaluate
+from qat import manifest
 from qat.data import dataset as dataset_lib
 from qat.data import progress
 from qat.infer import load
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
   options = _parser().parse_args(arguments)
   try:
     found = _evaluate(options)
-  except (ValueError, OSError, checkpoint.CorruptError) as error:
+  except (ValueError, OSError, manifest.CorruptError) as error:
     progress.note(f'Error: {error}')
     return 2
   except KeyboardInterrupt:

@@ -26,7 +26,7 @@ import sys
 
 import tokenizers
 
-from qat import checkpoint
+from qat import manifest
 from qat.data import progress
 from qat.infer import generate
 from qat.infer import load
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     _generate(options)
   except BrokenPipeError:  # Whoever reads has enough; nothing is left to say.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except (ValueError, OSError, checkpoint.CorruptError) as error:
+  except (ValueError, OSError, manifest.CorruptError) as error:
     progress.note(f'Error: {error}')
     return 2
   except KeyboardInterrupt:

@@ -33,6 +33,4 @@ def count(primitive: str, f: Callable[..., Any], *args: Any) -> int:
 
 def largest(f: Callable[..., Any], *args: Any) -> int:
   """The number of elements of the largest array that is made on the way."""
-  return max(
-    out.aval.size for e in equations(f, *args) for out in e.outvars
-  )
+  return max(out.aval.size for e in equations(f, *args) for out in e.outvars)

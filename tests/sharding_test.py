@@ -137,7 +137,10 @@ def test_moments_are_split_like_their_parameters(method):
   with jax.set_mesh(mesh):
     state = step_lib.abstract_state(step_lib.initial_state(config, model), mesh)
   adam = state.opt_state.inner_state[1]
-  spec = lambda leaf: leaf.sharding.spec
+
+  def spec(leaf):
+    return leaf.sharding.spec
+
   assert (
     jax.tree.map(spec, state.params)
     == jax.tree.map(spec, adam.mu)
@@ -163,7 +166,10 @@ def test_over_batch_adds_up_values_and_gradients(fields):
   x_BD = jnp.asarray(rng.standard_normal((16, 5)), jnp.float32)
   w_D = jnp.asarray(rng.standard_normal(5), jnp.float32)
   split = sharding.over_batch(mesh, f, (True, False))
-  both = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1)))
+
+  def both(f):
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))
+
   found = both(split)(
     jax.device_put(x_BD, NamedSharding(mesh, sharding.BATCH)), w_D
   )
@@ -174,7 +180,9 @@ def test_over_batch_adds_up_values_and_gradients(fields):
 
 
 def test_over_batch_leaves_a_function_on_one_device_alone():
-  f = lambda x: jnp.sum(x)
+  def f(x):
+    return jnp.sum(x)
+
   mesh = sharding.make_mesh(axes(1, 1), jax.devices()[:1])
   assert sharding.over_batch(mesh, f, (True,)) is f
 

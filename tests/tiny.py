@@ -4,7 +4,9 @@ Any config of the repository, at a width where every part is still there: two
 heads, an expert's three matrices, a vocabulary that is cut into chunks.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import importlib
 import json
 import pathlib
@@ -15,9 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from qat import evaluate
 from qat import sharding
-from qat import step as step_lib
 from qat.data import prepare
 
 # Names of what the tests train: a config's stem and fields of it.
@@ -57,6 +57,17 @@ def config(method: str, fields: Mapping[str, Any] | None = None) -> ConfigDict:
   return made
 
 
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+  """XLA leaves most optimizations out: the same program, in half the time."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
 def mesh(config: ConfigDict, devices: int = 1) -> Mesh:
   """The config's mesh over the first devices."""
   return sharding.make_mesh(config.mesh, jax.devices()[:devices])
@@ -70,20 +81,6 @@ def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
   window = (rng.integers(0, 64, (shape[0], 1)) + steps.cumsum(1)) % 64
   window = window.astype(np.int32)
   return {'tokens': window[:, :-1], 'targets': window[:, 1:]}
-
-
-def train(
-  program: step_lib.Program, steps: int, batches: int = 1
-) -> tuple[step_lib.State, list[float]]:
-  """The state after some steps on as many batches, and their losses."""
-  cycle = [
-    evaluate.put(batch(program.config, i), program.mesh) for i in range(batches)
-  ]
-  state, losses = program.init(), []
-  for i in range(steps):
-    state, metrics = program.train_step(state, cycle[i % batches])
-    losses.append(float(metrics['train/loss']))
-  return state, losses
 
 
 def dataset(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:

@@ -15,6 +15,7 @@ import pytest
 
 from configs import pquant
 from qat import config as config_lib
+from qat import evaluate
 from qat import guard
 from qat import lock
 from qat import manifest
@@ -225,6 +226,30 @@ def test_ternary_layers_log_their_zeros(cache_dir, tmp_path):
   ]
   assert zeros
   assert all(0 < share < 1 for share in zeros)
+
+
+def test_parameters_may_be_split(cache_dir, tmp_path):
+  changes = {'train.steps': 4, 'mesh.data': 4, 'mesh.fsdp': 2}
+  assert train.run(small(cache_dir, **changes), tmp_path) == 0
+  assert (tmp_path / 'report.html').exists()
+
+
+def test_a_signal_during_an_evaluation_saves_at_once(
+  cache_dir, tmp_path, monkeypatch
+):
+  evaluate_fully = evaluate.evaluate
+
+  def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    return evaluate_fully(*args)
+
+  config = small(cache_dir)
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, 'evaluate', interrupted)
+    assert train.run(config, tmp_path) == 143
+  assert manifest.steps(tmp_path / 'checkpoints')[-1] == 4
+  assert not any('eval/loss' in row for row in metrics.read(tmp_path))
 
 
 def test_experts_log_their_load(cache_dir, tmp_path):

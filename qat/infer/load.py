@@ -9,8 +9,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qat import checkpoint
 from qat import config as config_lib
+from qat import restore
 from qat import sharding
 from qat.data import dataset as dataset_lib
 from qat.data import prepare
@@ -68,7 +68,7 @@ def load_run(workdir: pathlib.Path) -> Run:
     shapes,
     shardings,
   )
-  restored = checkpoint.restore(
+  restored = restore.newest(
     workdir / 'checkpoints',
     {'params': abstract},
     partial=True,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,9 +43,7 @@ def linear_records(
     params: its parameters.
     tokens_BT: int32, the calibration batch.
   """
-  sown = jax.jit(
-    lambda p, t: model.apply({'params': p}, t, mutable=['inputs'])[1]['inputs']
-  )(params, tokens_BT)
+  sown = _forward(model, params, tokens_BT)
   inputs = {
     '/'.join(key.key for key in keys[:-1]): leaf
     for keys, leaf in jax.tree_util.tree_leaves_with_path(sown)
@@ -53,9 +52,7 @@ def linear_records(
     spec = model.rules.find(path)
     if spec.weight == 'none':
       continue
-    quantized = jax.jit(lambda w, spec=spec: spec.quantize(w).dequantize())(
-      kernel
-    )
+    quantized = _fake_quantize(spec, kernel)
     x_MK = _rows(inputs[f'{path}/x'])
     if kernel.ndim == 2:
       yield LinearRecord(path, x_MK, kernel, quantized)
@@ -65,6 +62,22 @@ def linear_records(
     for i, weight_KN in enumerate(kernel):
       mine_MK = x_MK * chosen_ME[:, i, None]
       yield LinearRecord(f'{path}/{i}', mine_MK, weight_KN, quantized[i])
+
+
+# At the top of the module, so that what was compiled is found again: for the
+# next layer of the same shape, and for the next study of the run.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model: transformer.Transformer, params: Any, tokens_BT: jax.Array):
+  return model.apply({'params': params}, tokens_BT, mutable=['inputs'])[1][
+    'inputs'
+  ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fake_quantize(spec: rules_lib.Spec, w_KN: jax.Array) -> jax.Array:
+  return spec.quantize(w_KN).dequantize()
 
 
 def _rows(x: jax.Array) -> jax.Array:

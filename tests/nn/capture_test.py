@@ -27,18 +27,21 @@ def build(method, **fields):
 
 def observe(monkeypatch, model, params):
   """Every product of a forward pass: the weight and the output, as rows."""
-  seen = []
+  original, seen = dot.quantized_dot, []
 
   def quantized_dot(x, weight, spec, method):
     y = original(x, weight, spec, method)
-    seen.append((np.asarray(weight), np.asarray(y)))
+    seen.append((weight, y))
     return y
 
-  original = dot.quantized_dot
+  @jax.jit
+  def products(params):
+    model.apply({'params': params}, TOKENS_BT)
+    return seen
+
   with monkeypatch.context() as patch:
     patch.setattr(dot, 'quantized_dot', quantized_dot)
-    model.apply({'params': params}, TOKENS_BT)
-  return seen
+    return jax.tree.map(np.asarray, products(params))
 
 
 def output_of(seen, record):
@@ -51,7 +54,7 @@ def output_of(seen, record):
   raise AssertionError(f'No product with the weight of {record.path}.')
 
 
-@pytest.mark.parametrize('method', ['bitnet', 'b158', 'pquant', 'pquant4'])
+@pytest.mark.parametrize('method', ['b158', 'pquant4'])
 def test_a_record_reproduces_the_output_of_its_layer(monkeypatch, method):
   model, params = build(method)
   seen = observe(monkeypatch, model, params)
@@ -66,7 +69,7 @@ def test_a_record_reproduces_the_output_of_its_layer(monkeypatch, method):
     np.testing.assert_allclose(x_MK @ w_KN, y_MN, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('method', ['bitnet', 'pquant', 'pquant4'])
+@pytest.mark.parametrize('method', ['bitnet', 'pquant4'])
 def test_there_is_a_record_of_every_quantized_matrix(method):
   model, params = build(method)
   records = {

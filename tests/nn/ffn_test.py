@@ -1,7 +1,10 @@
 """Feed-forward layers against the paper's equations in float64."""
 
+import functools
+
 import jax
 from jax import numpy as jnp
+from ml_collections import FrozenConfigDict
 import numpy as np
 import pytest
 
@@ -27,7 +30,7 @@ def layer(method='pquant', **fields):
     for pattern, name in config.quant.rules
   ]
   rules = rules_lib.make_rules(pairs, config.quant.specs)
-  model = config.model
+  model = FrozenConfigDict(config.model)
   if model.ffn == 'decoupled':
     module = ffn.DecoupledFFN(model, rules, METHOD)
   else:
@@ -42,8 +45,22 @@ def layer(method='pquant', **fields):
   return module, jax.tree.unflatten(tree, params), x_BTD
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def run(module, params, x_BTD):
-  return jax.jit(module.apply)({'params': params}, x_BTD)
+  return module.apply({'params': params}, x_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sown(module, params, x_BTD):
+  return module.apply({'params': params}, x_BTD, mutable=['router', 'inputs'])[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=1)
+def gradients(module, params, x_BTD, dy_BTD):
+  """Of the parameters, for a gradient of the output."""
+  y_BTD = module.apply({'params': params}, x_BTD).astype(jnp.float32)
+  return jnp.sum(y_BTD * dy_BTD)
 
 
 # The forward pass of the paper, sections 3.1 to 3.3, in float64.
@@ -213,27 +230,15 @@ def test_a_token_reads_its_expert_and_no_other():
   assert len(np.unique(expert_BT)) > 1
 
 
-def gradients(module, params, x_BTD, tokens=None):
-  """Of a random projection of the output, at all tokens or at some."""
-  dy = normal(*x_BTD.shape, seed=9)
-  if tokens is not None:
-    dy = dy * tokens[..., None]
-
-  @jax.jit
-  @jax.grad
-  def gradient(params):
-    return jnp.sum(module.apply({'params': params}, x_BTD) * dy)
-
-  return gradient(params)
-
-
 def test_an_expert_learns_from_its_tokens_alone():
   module, params, x_BTD = layer(n_experts=4)
   expert_BT = router_of(params, x_BTD).argmax(-1)
   used, unused = expert_BT[0, 0], set(range(4)) - set(np.ravel(expert_BT))
-  whole = gradients(module, params, x_BTD)['narrow']
-  mine = gradients(module, params, x_BTD, expert_BT == used)['narrow']
-  others = gradients(module, params, x_BTD, expert_BT != used)['narrow']
+  dy = normal(*x_BTD.shape, seed=9)
+  whole, mine, others = (
+    gradients(module, params, x_BTD, dy * tokens[..., None])['narrow']
+    for tokens in (expert_BT >= 0, expert_BT == used, expert_BT != used)
+  )
   for name in ('gate', 'up', 'down'):
     kernel = whole[name]['kernel']
     size = np.abs(kernel[used]).max()
@@ -251,7 +256,8 @@ def test_the_router_learns_by_its_probability_alone():
     module, params, x_BTD = layer(
       n_experts=4, gate_probability=gate_probability
     )
-    gradient = gradients(module, params, x_BTD)['router']
+    dy = normal(*x_BTD.shape, seed=9)
+    gradient = gradients(module, params, x_BTD, dy)['router']
     assert bool(jnp.any(gradient != 0)) == gate_probability
 
 
@@ -260,7 +266,8 @@ def test_the_router_gradient_is_that_of_the_chosen_probability():
   # alpha * p * y is linear in p: y at p = 1 is the layer without the gate.
   ungated, _, _ = layer(n_experts=4, gate_probability=False)
   narrow = run(ungated, {**params, 'beta': jnp.zeros(())}, x_BTD)
-  dp_BT = np.float64(narrow * normal(*x_BTD.shape, seed=9)).sum(-1)
+  dy = normal(*x_BTD.shape, seed=9)
+  dp_BT = np.float64(narrow * dy).sum(-1)
   p_BTE = router_of(params, x_BTD)
   hit_BTE = np.eye(4)[p_BTE.argmax(-1)]
   p_BT1 = p_BTE.max(-1, keepdims=True)
@@ -268,65 +275,58 @@ def test_the_router_gradient_is_that_of_the_chosen_probability():
   x = slow_norm(np.float64(x_BTD), jax.tree.map(np.float64, params))
   expected = np.einsum('btd,bte->de', x, dlogits)
   np.testing.assert_allclose(
-    gradients(module, params, x_BTD)['router'], expected, rtol=1e-3, atol=1e-4
+    gradients(module, params, x_BTD, dy)['router'],
+    expected,
+    rtol=1e-3,
+    atol=1e-4,
   )
 
 
 def test_what_the_router_sows():
   module, params, x_BTD = layer(n_experts=4)
-  _, sown = module.apply(
-    {'params': params}, x_BTD, mutable=['router', 'inputs']
-  )
+  found = sown(module, params, x_BTD)
   p_BTE = router_of(params, x_BTD)
   expert_BT = p_BTE.argmax(-1)
-  (load,) = sown['router']['load']
+  (load,) = found['router']['load']
   share = np.bincount(expert_BT.ravel(), minlength=4) / expert_BT.size
   np.testing.assert_allclose(load, share, rtol=1e-6)
   assert load.sum() == pytest.approx(1)
-  (entropy,) = sown['router']['entropy']
+  (entropy,) = found['router']['entropy']
   slow_entropy = -(p_BTE * np.log(p_BTE)).sum(-1).mean()
   assert float(entropy) == pytest.approx(slow_entropy, rel=1e-5)
-  (balance,) = sown['router']['balance']
+  (balance,) = found['router']['balance']
   slow_balance = 4 * (share * p_BTE.mean((0, 1))).sum()
   assert float(balance) == pytest.approx(slow_balance, rel=1e-5)
-  (chosen,) = sown['inputs']['chosen']
+  (chosen,) = found['inputs']['chosen']
   np.testing.assert_array_equal(chosen, np.eye(4, dtype=bool)[expert_BT])
 
 
 def test_an_even_router_has_balance_1_and_the_largest_entropy():
   module, params, x_BTD = layer(n_experts=4)
   params = {**params, 'router': jnp.zeros((32, 4))}
-  _, sown = module.apply({'params': params}, x_BTD, mutable=['router'])
-  assert float(sown['router']['balance'][0]) == pytest.approx(1)
-  assert float(sown['router']['entropy'][0]) == pytest.approx(np.log(4))
+  found = sown(module, params, x_BTD)['router']
+  assert float(found['balance'][0]) == pytest.approx(1)
+  assert float(found['entropy'][0]) == pytest.approx(np.log(4))
 
 
 def test_scalars_of_the_branches_start_as_the_paper_says():
   module, _, x_BTD = layer()
-  params = module.init(jax.random.key(0), x_BTD)['params']
+  params = jax.jit(module.init)(jax.random.key(0), x_BTD)['params']
   assert params['alpha'] == 2 and params['beta'] == np.float32(0.2)
   assert params['wide']['up']['kernel'].shape == (32, 40)
   assert params['narrow']['up']['kernel'].shape == (32, 8)
 
 
-@pytest.mark.parametrize('n_experts', [1, 4])
-def test_gradients_of_scalars_and_router_are_summed_in_float32(n_experts):
+def test_gradients_of_scalars_and_router_are_summed_in_float32():
   # In bfloat16 a sum over thousands of values stops growing.
   gradient = {}
   for dtype in ('float32', 'bfloat16'):
-    module, params, _ = layer(
-      n_experts=n_experts, dtype=dtype, dot_dtype=dtype
-    )
+    module, params, _ = layer(n_experts=4, dtype=dtype, dot_dtype=dtype)
     x_BTD = jnp.asarray(normal(8, 256, 32), dtype)
-
-    @jax.jit
-    @jax.grad
-    def gradient_of(params, module=module, x_BTD=x_BTD):
-      y = module.apply({'params': params}, x_BTD).astype(jnp.float32)
-      return jnp.mean(jnp.square(y))
-
-    gradient[dtype] = gradient_of(params)
-  for name in ('alpha', 'beta', 'router')[: 2 + (n_experts > 1)]:
-    exact = np.ravel(gradient['float32'][name])
-    error = np.abs(np.ravel(gradient['bfloat16'][name]) - exact)
-    assert error.max() < 0.02 * np.abs(exact).max(), name
+    # Of one sign, as a gradient of alpha has it when alpha is too large.
+    dy = jnp.sign(run(module, params, x_BTD).astype(jnp.float32))
+    gradient[dtype] = gradients(module, params, x_BTD, dy)
+  for name in ('alpha', 'beta', 'router'):
+    exact, found = (np.ravel(g[name]) for g in gradient.values())
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert error < 0.05, name

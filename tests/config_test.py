@@ -1,0 +1,308 @@
+"""What a bad config is told, the JSON form, what a resume may change."""
+
+import importlib
+import json
+
+from ml_collections import ConfigDict
+import pytest
+
+from configs import common
+from qat import config as config_lib
+
+METHODS = ('fp', 'bitnet', 'bitnet_b158', 'pquant')
+# What the messages below are about, whatever the sizes of the configs are.
+SHAPE = dict(
+  model__d_model=256,
+  model__n_heads=4,
+  model__n_kv_heads=4,
+  model__d_ff=640,
+  data__batch_size=16,
+  train__steps=400,
+)
+
+
+def get(method='pquant', size='tiny', **fields) -> ConfigDict:
+  """A config; `fields` are named with '__' for '.'."""
+  config = importlib.import_module(f'configs.{method}').get_config(size)
+  config.update_from_flattened_dict(
+    {name.replace('__', '.'): value for name, value in fields.items()}
+  )
+  return config
+
+
+def message(config, **machine) -> str:
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.check(config, **{'devices': 1, **machine})
+  return str(caught.value)
+
+
+@pytest.mark.parametrize('size', common.SIZES)
+@pytest.mark.parametrize('method', METHODS)
+def test_every_config_is_sound_on_its_devices(method, size):
+  config = get(method, size)
+  config.model.n_layers = 1  # All blocks are alike.
+  for devices, fsdp in ((1, 1), (8, 1), (8, 4)):
+    config.mesh.fsdp = fsdp
+    config_lib.check(config, devices=devices)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    (dict(model__d_model=250), 'model.d_model=250 model.n_heads=4 change'),
+    (dict(model__d_model=260), 'model.d_model=260 odd width 65'),
+    (dict(model__n_heads=0), 'model.n_heads=0 greater than 0'),
+    (dict(model__n_kv_heads=3), 'model.n_kv_heads=3 model.n_heads=4 divisor'),
+    (dict(model__n_kv_heads=0), 'model.n_kv_heads=0 model.n_heads=4'),
+    (dict(model__norm='post'), "model.norm='post' pre, inside"),
+    (dict(model__ffn='mlp'), "model.ffn='mlp' gated, decoupled"),
+    (dict(model__activation='relu'), "model.activation='relu' silu"),
+    (dict(model__dtype='float16'), "model.dtype='float16' bfloat16"),
+    (dict(model__dot_dtype='int4'), "model.dot_dtype='int4' bfloat16"),
+    (dict(model__quantized_dot='int'), "model.quantized_dot='int' auto, int8"),
+    (dict(model__attention='flash'), "model.attention='flash' blocked, xla"),
+    (dict(model__remat='full'), "model.remat='full' none, block"),
+    (dict(model__branch_width=0), 'model.branch_width=0 model.d_ff=640'),
+    (dict(model__branch_width=640), 'model.branch_width=640 model.d_ff=640'),
+    (
+      dict(model__branch_width=100, model__branch_multiple=64),
+      'model.branch_width=100 model.branch_multiple=64 take 128',
+    ),
+    (dict(model__branch_multiple=0), 'model.branch_multiple=0 greater than 0'),
+    (dict(model__n_experts=0), 'model.n_experts=0 at least 1'),
+    (
+      dict(model__n_experts=2, model__ffn='gated'),
+      "model.n_experts=2 model.ffn='decoupled'",
+    ),
+    (dict(model__alpha_init=float('nan')), 'model.alpha_init=nan finite'),
+    (dict(model__norm_eps=0.0), 'model.norm_eps=0.0 greater than 0'),
+    (dict(optim__peak_lr=-1e-3), 'optim.peak_lr=-0.001 greater than 0'),
+    (dict(optim__peak_lr=float('nan')), 'optim.peak_lr=nan greater than 0'),
+    (dict(optim__peak_lr=float('inf')), 'optim.peak_lr=inf'),
+    (dict(optim__schedule='linear'), "optim.schedule='linear' two_phase"),
+    (
+      dict(optim__warmup_steps=400),
+      'optim.warmup_steps=400 fewer train.steps=400',
+    ),
+    (
+      dict(optim__schedule='wsd', optim__decay_fraction=0.0),
+      'optim.decay_fraction=0',
+    ),
+    (dict(optim__switch_fraction=1.5), 'optim.switch_fraction=1.5 0 and 1'),
+    (dict(optim__b1=1.0), 'optim.b1=1.0 below 1'),
+    (dict(optim__b2=-0.1), 'optim.b2=-0.1 at least 0'),
+    (dict(optim__clip_norm=-1.0), 'optim.clip_norm=-1.0 not negative'),
+    (dict(optim__accumulate=0), 'optim.accumulate=0 greater than 0'),
+    (
+      dict(optim__accumulate=3),
+      'data.batch_size=16 optim.accumulate=3 take a multiple of 3',
+    ),
+    (dict(optim__no_decay='(norm'), "optim.no_decay='(norm' no regex"),
+    (dict(data__seq_len=0), 'data.seq_len=0 greater than 0'),
+    (dict(data__batch_size=-2), 'data.batch_size=-2 greater than 0'),
+    (dict(data__timeout_s=float('inf')), 'data.timeout_s=inf'),
+    (dict(train__steps=0), 'train.steps=0 greater than 0'),
+    (dict(checkpoint__keep_last=0), 'checkpoint.keep_last=0 greater than 0'),
+    (dict(sample__top_p=0.0), 'sample.top_p=0.0 above 0'),
+    (dict(sample__temperature=-0.5), 'sample.temperature=-0.5 not negative'),
+    (dict(mesh__data=3), 'mesh.data=3 mesh.fsdp=1 1 devices'),
+    (dict(mesh__fsdp=0), 'mesh.fsdp=0'),
+    (dict(mesh__data=-1, mesh__fsdp=-1), 'mesh.data=-1, mesh.fsdp=-1'),
+    (dict(mesh__data=-2, mesh__fsdp=-4), 'mesh.data=-2, mesh.fsdp=-4'),
+    (
+      dict(quant__rules=(('.*/attn/.*', 'binary'),)),
+      "quant: No quantization rule covers 'block_0/ffn .*",
+    ),
+    (
+      dict(quant__rules=(('.*', 'binary'), ('.*/x', 'narrow'))),
+      "quant: '.*/x' decides about no layer",
+    ),
+    (
+      dict(quant__rules=(('.*', 'tenary'),)),
+      "quant: '.*' names spec 'tenary' there are binary, narrow",
+    ),
+    (dict(quant__rules=(('(', 'binary'),)), "quant: '(' is no regex"),
+    (
+      dict(quant__specs__binary__weight='int3'),
+      "quant: weight='int3' choose one of none, binary, ternary, int8",
+    ),
+    (
+      dict(quant__specs__binary__granularity='row'),
+      "quant: granularity='row' tensor, channel",
+    ),
+  ],
+)
+def test_a_bad_config_is_told_field_value_and_remedy(fields, expected):
+  found = message(get(**{**SHAPE, **fields}))
+  assert found.startswith('config.')
+  position = 0
+  for part in expected.split(' '):  # All of them, in this order.
+    assert part in found[position:], f'{part!r} is missing in {found!r}'
+    position = found.index(part, position)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'machine', 'expected'),
+  [
+    (dict(data__batch_size=12), {'devices': 8}, 'data.batch_size=12'),
+    (dict(optim__accumulate=4), {'devices': 8}, 'take a multiple of 32'),
+    (dict(eval__batch_size=12), {'devices': 8}, 'eval.batch_size=12'),
+    (dict(mesh__data=3), {'devices': 8}, 'mesh.data=3'),
+    (
+      dict(model__d_model=36, mesh__fsdp=8),
+      {'devices': 8},
+      'model.d_model=36 is no multiple of mesh.fsdp=8',
+    ),
+    (
+      dict(sensitivity__sequences=3),
+      {'devices': 2, 'processes': 2},
+      'sensitivity.sequences=3',
+    ),
+  ],
+)
+def test_a_config_that_does_not_fit_its_devices_is_refused(
+  fields, machine, expected
+):
+  assert expected in message(get(**{**SHAPE, **fields}), **machine)
+
+
+def test_all_errors_are_told_at_once():
+  found = message(get(optim__peak_lr=0.0, model__norm='x', data__seq_len=-1))
+  assert [line.split('=')[0] for line in found.splitlines()] == [
+    'config.model.norm',
+    'config.optim.peak_lr',
+    'config.data.seq_len',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('section', 'typo'),
+  [('model', 'n_expert'), ('optim', 'peak_learning_rate'), ('data', 'seqlen')],
+)
+def test_a_misspelt_field_is_refused(section, typo):
+  config = get()
+  with pytest.raises((AttributeError, KeyError), match=typo):
+    config[section][typo] = 1
+  with pytest.raises(TypeError, match='float'):
+    config.optim.peak_lr = 'high'
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
+  config = get(model__vocab_size=300)
+  config_lib.check_tokenizer(config, 300, 'data/x')
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.check_tokenizer(config, 301, 'data/x')
+  for part in ('config.model.vocab_size=300', '301', 'data/x'):
+    assert part in str(caught.value)
+
+
+# ----------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize('size', common.SIZES)
+@pytest.mark.parametrize('method', METHODS)
+def test_json_and_back_is_the_same_config(method, size, tmp_path):
+  config = get(method, size)
+  text = config_lib.to_json(config)
+  (tmp_path / 'config.json').write_text(text)
+  for back in (config_lib.from_json(text), config_lib.load(tmp_path)):
+    assert back.to_dict() == config.to_dict()
+    assert back.is_locked
+    assert types(back.to_dict()) == types(config.to_dict())
+    assert not config_lib.changes(config, back)
+
+
+def types(tree):
+  if isinstance(tree, dict):
+    return {key: types(value) for key, value in tree.items()}
+  if isinstance(tree, tuple):
+    return [types(value) for value in tree]
+  return type(tree)
+
+
+def test_json_refuses_what_json_cannot_say():
+  with pytest.raises(ValueError, match='JSON'):
+    config_lib.to_json(get(optim__peak_lr=float('nan')))
+
+
+def test_a_folder_without_a_run_is_told(tmp_path):
+  with pytest.raises(FileNotFoundError, match='holds no run.*--workdir'):
+    config_lib.load(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"quant": {}}', 'null'])
+def test_a_damaged_config_is_told(tmp_path, text):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(config_lib.ConfigError, match='config.json is damaged'):
+    config_lib.load(tmp_path)
+
+
+# -------------------------------------------------------------------- resuming
+
+SAFE_CHANGES = dict(
+  name='other',
+  train__steps=800,
+  train__log_every=1,
+  eval__every=7,
+  eval__batch_size=8,
+  checkpoint__every=5,
+  sensitivity__every=10,
+  sample__prompts=('a', 'b', 'c'),
+  mesh__fsdp=2,
+  mesh__data=4,
+  model__remat='block',
+  data__workers=2,
+  data__threads=4,
+  data__timeout_s=1.0,
+  data__cache_dir='elsewhere',
+)
+UNSAFE_CHANGES = dict(
+  seed=1,
+  model__d_model=128,
+  model__dtype='bfloat16',
+  model__n_experts=2,
+  quant__rules=(('.*', 'binary'),),
+  quant__specs__narrow__granularity='channel',
+  optim__peak_lr=1e-4,
+  optim__accumulate=2,
+  data__dataset='data/other',
+  data__batch_size=32,
+  data__seq_len=128,
+)
+
+
+def test_safe_changes_are_taken():
+  config_lib.refuse_changes(get(), get(**SAFE_CHANGES), 'w')
+  config_lib.refuse_changes(get(), get(), 'w')
+
+
+def test_every_change_is_seen():
+  fields = {**SAFE_CHANGES, **UNSAFE_CHANGES}
+  changes = config_lib.changes(get(), get(**fields))
+  names = [name.replace('__', '.') for name in fields]
+  assert [change.field for change in changes] == sorted(names)
+
+
+@pytest.mark.parametrize('field', UNSAFE_CHANGES)
+def test_an_unsafe_change_is_refused_with_its_difference(field):
+  old, new = get(), get(**{**SAFE_CHANGES, field: UNSAFE_CHANGES[field]})
+  with pytest.raises(config_lib.ConfigError) as caught:
+    config_lib.refuse_changes(old, new, 'runs/mine')
+  lines = str(caught.value).splitlines()
+  assert 'runs/mine' in lines[0] and '--workdir' in lines[-1]
+  (line,) = [line for line in lines if '->' in line]
+  assert line.strip().startswith(field.replace('__', '.') + ': ')
+  assert line.endswith(f'-> {json_like(UNSAFE_CHANGES[field])!r}')
+
+
+def json_like(value):
+  return json.loads(json.dumps(value))
+
+
+def test_a_field_that_one_config_lacks_is_a_change():
+  old, new = get().to_dict(), get()
+  del old['optim']['eps']
+  (change,) = config_lib.changes(ConfigDict(old), new)
+  assert str(change) == "optim.eps: '(absent)' -> 1e-08"
+  (change,) = config_lib.changes(new, ConfigDict(old))
+  assert str(change) == "optim.eps: 1e-08 -> '(absent)'"
