@@ -49,7 +49,12 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
     lambda: dot.choose_method(
       config.model.quantized_dot, config.model.dot_dtype, 'cpu'
     ),
-    lambda: attention.choose_form(config.model.attention, 'cpu', devices),
+    lambda: attention.choose_form(
+      config.model.attention,
+      jax.default_backend(),
+      devices,
+      config.model.dot_dtype,
+    ),
   ):
     try:
       attempt()

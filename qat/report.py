@@ -67,10 +67,10 @@ def page(run: history.Run) -> str:
     ),
     (
       'Sensitivity',
-      'How much the output of a layer depends on each single weight. The pQuant '
-      'paper finds that few matter much in full precision and that all matter '
-      'alike after plain 1-bit training. A method that gives some weights more '
-      'bits works when those become the sensitive ones.',
+      'How much the output of a layer depends on each single weight. The paper '
+      'of pQuant finds that few matter much in full precision and that all '
+      'matter alike after plain 1-bit training. A method that gives some '
+      'weights more bits works when those become the sensitive ones.',
       sensitivity_pictures.charts(run.sensitivity),
       sensitivity_pictures.maps(run.sensitivity),
     ),

@@ -28,7 +28,8 @@ class State(NamedTuple):
     step: int32, optimizer steps made.
     params: float32 master weights.
     opt_state: of the optax chain.
-    rng: key data of the run; a step folds its number into it.
+    rng: key data of the run, for steps that draw random numbers; none of the
+      methods here does.
     healthy: bool; False from the first loss or gradient that is not finite,
       and from then on no step changes anything.
   """

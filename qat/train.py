@@ -1,8 +1,6 @@
 """A run, read from top to bottom: data, program, state, loop, report."""
 
-from collections.abc import Callable
 import contextlib
-import json
 import pathlib
 import time
 from typing import Any
@@ -110,7 +108,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     #    newest measurements are read too, so that no state is saved or
     #    evaluated that came out of a step gone wrong.
     meter = _Meter(program, peak, first)
-    hurry = lambda: jax.process_count() == 1 and interrupts.requested  # noqa: E731
+
+    def hurry() -> bool:
+      return jax.process_count() == 1 and interrupts.requested is not None
+
     late = None
     evaluated = {}
     for step in range(first + 1, config.train.steps + 1):
@@ -125,9 +126,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       if look:
         measured |= routers
         measured |= health.measure(state.params, codes, program.model.rules)
-      settle = lambda late: _settle(*late, state, program, log, meter)  # noqa: B023
       if late:
-        settle(late)
+        _settle(*late, state, program, log, meter)
       late = step, measured, batch
 
       stop = _stop_requested(interrupts, step, config.train.log_every)
@@ -136,7 +136,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       saves = done or step % config.checkpoint.every == 0
       if not (stop or evaluates or studies or saves):
         continue
-      settle(late)
+      _settle(*late, state, program, log, meter)
       late = None
       with meter.pause():
         if evaluates and not stop:
@@ -293,9 +293,11 @@ def _diagnose(
     )[1]['intermediates']
 
   def gradient(params, batch):
-    loss = lambda p: step_lib.loss_sum(
-      model, program.config, program.mesh, p, batch
-    )[0]
+    def loss(params):
+      return step_lib.loss_sum(
+        model, program.config, program.mesh, params, batch
+      )[0]
+
     return jax.grad(loss)(params)
 
   return health.first_non_finite(forward, gradient, params, batch)

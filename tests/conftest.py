@@ -7,11 +7,14 @@ with a folder is a crash far from its cause.
 
 import os
 
+from qat import launch
+
 # Read once, when jax is first imported; subprocesses of a test inherit both.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 ).strip()
+launch.synchronize_virtual_devices()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

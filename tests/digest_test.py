@@ -1,3 +1,5 @@
+"""Tests of qat.digest: every bit counts, however an array is split."""
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType

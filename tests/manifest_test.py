@@ -1,3 +1,5 @@
+"""Tests of qat.manifest: what a step says of itself, and refuses."""
+
 import jax
 import jax.numpy as jnp
 import pytest

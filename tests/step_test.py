@@ -229,9 +229,12 @@ def compiled_for(method, mesh):
 @pytest.mark.parametrize(
   ('method', 'mesh'),
   [
-    *itertools.product(['fp', 'bitnet', 'pquant'], MESHES),
+    *itertools.product(['fp', 'bitnet'], MESHES),
+    pytest.param('pquant', 'data=8', marks=pytest.mark.slow),
+    ('pquant', 'fsdp=8'),
+    ('pquant', 'data=2,fsdp=4'),
     pytest.param('pquant8', 'data=8', marks=pytest.mark.slow),
-    ('pquant8', 'fsdp=8'),
+    pytest.param('pquant8', 'fsdp=8', marks=pytest.mark.slow),
     ('pquant8', 'data=2,fsdp=4'),
   ],
 )

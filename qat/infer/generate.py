@@ -93,7 +93,7 @@ def generate(
   seed: int,
   stop: int,
 ) -> Iterator[int]:
-  """Yields new token ids as they are sampled.
+  """New token ids, one by one as they are sampled.
 
   Args:
     model: the model.
@@ -107,27 +107,32 @@ def generate(
     stop: the token id that ends the text; it is not yielded.
 
   Raises:
-    ValueError: for an empty prompt or options out of range.
+    ValueError: at once, for an empty prompt or options out of range.
   """
   if not prompt_T:
     raise ValueError('An empty prompt; begin with the end-of-text token.')
-  if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or tokens < 0:
+  # A comparison with NaN is false, so NaN is refused too.
+  ok = 0 <= temperature < float('inf') and 0 < top_p <= 1
+  if not ok or top_k < 0 or tokens < 0:
     raise ValueError(
-      f'temperature={temperature} and top_k={top_k} must not be negative,'
-      f' top_p={top_p} must lie in (0, 1], tokens={tokens} must not be'
-      ' negative.'
+      f'temperature={temperature}, top_k={top_k} and tokens={tokens} must not'
+      f' be negative nor infinite, and top_p={top_p} must lie in (0, 1].'
     )
-  caches = empty_caches(model, 1, len(prompt_T) + tokens)
-  key = jax.random.key(seed)
-  new = jnp.asarray([list(prompt_T)], jnp.int32)
-  start = 0
-  for i in range(tokens):
-    logits_BV, caches = _advance(model, params, new, caches, start)
-    start += new.shape[1]
-    token_B = sample(
-      logits_BV, jax.random.fold_in(key, i), temperature, top_k, top_p
-    )
-    if int(token_B[0]) == stop:
-      return
-    yield int(token_B[0])
-    new = token_B[:, None].astype(jnp.int32)
+
+  def stream() -> Iterator[int]:
+    caches = empty_caches(model, 1, len(prompt_T) + tokens)
+    key = jax.random.key(seed)
+    new = jnp.asarray([list(prompt_T)], jnp.int32)
+    start = 0
+    for i in range(tokens):
+      logits_BV, caches = _advance(model, params, new, caches, start)
+      start += new.shape[1]
+      token_B = sample(
+        logits_BV, jax.random.fold_in(key, i), temperature, top_k, top_p
+      )
+      if int(token_B[0]) == stop:
+        return
+      yield int(token_B[0])
+      new = token_B[:, None].astype(jnp.int32)
+
+  return stream()

@@ -102,9 +102,15 @@ def open_dataset(config: ConfigDict) -> dataset_lib.Dataset:
   """
   path = config.data.dataset
   if path == 'austen':
-    path = prepare.ensure_embedded(
-      config.data.cache_dir, config.model.vocab_size
-    )
+    try:
+      path = prepare.ensure_embedded(
+        config.data.cache_dir, config.model.vocab_size
+      )
+    except ValueError as error:
+      raise config_lib.ConfigError(
+        f'config.model.vocab_size={config.model.vocab_size},'
+        f' config.data.cache_dir={config.data.cache_dir!r}: {error}'
+      ) from error
   dataset = dataset_lib.open_dataset(path)
   config_lib.check_tokenizer(config, dataset.vocab_size, str(path))
   return dataset

@@ -79,12 +79,15 @@ class Attention(nn.Module):
       ],
       self.method,
     )
-    split = lambda y, heads: y.reshape(*y.shape[:2], heads, head)
-    q_BTNH = rotary(split(q, c.n_heads), positions_T, c.rope_theta)
-    k_BTKH = rotary(split(k, c.n_kv_heads), positions_T, c.rope_theta)
+
+    def split(y_BTN: jax.Array) -> jax.Array:
+      return y_BTN.reshape(*y_BTN.shape[:2], -1, head)
+
+    q_BTNH = rotary(split(q), positions_T, c.rope_theta)
+    k_BTKH = rotary(split(k), positions_T, c.rope_theta)
     q_BTNH = q_BTNH.astype(c.dot_dtype)
     k_BTKH = k_BTKH.astype(c.dot_dtype)
-    v_BTKH = split(v, c.n_kv_heads).astype(c.dot_dtype)
+    v_BTKH = split(v).astype(c.dot_dtype)
     if cache is None:
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
     else:
@@ -128,13 +131,11 @@ def causal_attention(
     )
   repeat = q_BTNH.shape[2] // k_BTKH.shape[2]
   k, v = (jnp.repeat(a, repeat, axis=2) for a in (k_BTKH, v_BTKH))
-  heads_first = lambda a: a.transpose(0, 2, 1, 3)
-  return heads_first(
-    _blocked(heads_first(q_BTNH), heads_first(k), heads_first(v))
-  )
+  turned = (a.transpose(0, 2, 1, 3) for a in (q_BTNH, k, v))
+  return _blocked(*turned).transpose(0, 2, 1, 3)
 
 
-def choose_form(name: str, platform: str, devices: int) -> str:
+def choose_form(name: str, platform: str, devices: int, dtype: str) -> str:
   """Resolves a config's attention='auto' for a platform.
 
   The blocked form walks over the sequences of a batch and so suits one device
@@ -143,10 +144,15 @@ def choose_form(name: str, platform: str, devices: int) -> str:
   forms = ('auto', 'blocked', 'xla', 'cudnn')
   if name not in forms:
     raise ValueError(f'model.attention={name!r}; one of {", ".join(forms)}.')
+  if name == 'cudnn' and (platform != 'gpu' or dtype != 'bfloat16'):
+    raise ValueError(
+      "model.attention='cudnn' needs a GPU and model.dot_dtype='bfloat16', not"
+      f' {platform} and {dtype!r}; choose auto.'
+    )
   if name != 'auto':
     return name
   if platform == 'gpu':
-    return 'cudnn'
+    return 'cudnn' if dtype == 'bfloat16' else 'xla'
   return 'blocked' if platform == 'cpu' and devices == 1 else 'xla'
 
 
@@ -239,7 +245,7 @@ def _blocked_bwd(residuals, do_BNTH):
     grads = (jnp.concatenate(dqs, 1), dk_NHS, dv_NHS)
     return jax.tree.map(lambda g: g.astype(q.dtype), grads)
 
-  turn = lambda a: jnp.swapaxes(a, -1, -2)
+  turn = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
   dq, dk, dv = lax.map(one, (q, k, v, do, lse, delta, turn(q), turn(do)))
   return dq, turn(dk), turn(dv)
 

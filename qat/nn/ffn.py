@@ -75,9 +75,7 @@ class Branch(nn.Module):
       float32 `[..., D]`.
     """
     dtype = self.config.dot_dtype
-    hidden = gated(
-      gate.astype(dtype), up.astype(dtype), self.config.activation
-    )
+    hidden = gated(gate.astype(dtype), up.astype(dtype), self.config.activation)
     if chosen is None:
       return layers.project(hidden, [self.down], self.method)[0]
     hidden = jnp.sum(jnp.where(chosen[..., None], hidden, 0), axis=-2)

@@ -26,7 +26,7 @@ def cross_entropy(
     x_BTD: hidden states.
     head_VD: the head's matrix.
     targets_BT: int token ids.
-    weights_BT: float32; 0 leaves a token out.
+    weights_BT: float32; 0 leaves a token out. They get no gradient.
     chunk: positions; a T that it does not divide is computed in one chunk.
     dtype: of the operands of products, by name.
 

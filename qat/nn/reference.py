@@ -87,9 +87,7 @@ def loss(
 
   def gated(x, path):
     gate = linear(x, f'{path}/gate')
-    return linear(
-      jax.nn.silu(gate) * linear(x, f'{path}/up'), f'{path}/down'
-    )
+    return linear(jax.nn.silu(gate) * linear(x, f'{path}/up'), f'{path}/down')
 
   def ffn(x, path, layer):
     x = input_of(layer, x)

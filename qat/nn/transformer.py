@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from ml_collections import FrozenConfigDict
 
@@ -88,7 +89,12 @@ class Transformer(nn.Module):
     Returns:
       `[B, T, D]` after the final norm, and the caches with T more positions.
     """
-    x_BTD = self.embed(tokens_BT).astype(self.config.dtype)
+    table_VD = self.embed.embedding
+    if self.method.gather_codes:
+      # Each device then looks its own tokens up; left split, the gradient
+      # would bring the whole batch's activations to every device.
+      table_VD = jax.lax.with_sharding_constraint(table_VD, P())
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.config.dtype)
     positions_T = start + jnp.arange(tokens_BT.shape[1])
     new_caches = []
     for i, block in enumerate(self.block):
@@ -126,7 +132,9 @@ def build(config: ConfigDict, platform: str, devices: int) -> Transformer:
     devices: size of the mesh.
   """
   model = config.model.copy_and_resolve_references().unlock()
-  model.attention = attention.choose_form(model.attention, platform, devices)
+  model.attention = attention.choose_form(
+    model.attention, platform, devices, model.dot_dtype
+  )
   method = dot.choose_method(
     model.quantized_dot, model.dot_dtype, platform, config.mesh.fsdp != 1
   )

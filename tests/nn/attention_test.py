@@ -10,6 +10,7 @@ import pytest
 from qat.nn import attention
 from qat.quant import dot
 from qat.quant import rules as rules_lib
+from tests import jaxprs
 from tests import tiny
 
 METHOD = dot.Method(int8=False, dtype='float32')
@@ -170,7 +171,10 @@ def test_rotary_multiplies_complex_numbers():
 
 def test_rotary_products_depend_on_distance_alone():
   q, k = normal(1, 1, 1, 16), normal(1, 1, 1, 16, seed=1)
-  turn = lambda x, t: attention.rotary(x, np.array([t]), 10_000.0)
+
+  def turn(x, t):
+    return attention.rotary(x, np.array([t]), 10_000.0)
+
   products = [
     float(jnp.sum(turn(q, 3 + shift) * turn(k, shift)))
     for shift in (0, 1, 50, 500)
@@ -182,9 +186,7 @@ def test_rotary_products_depend_on_distance_alone():
 def layer(method='fp', **fields):
   """An attention layer of a small config, with parameters and an input."""
   fields = {f'model.{key}': value for key, value in fields.items()}
-  config = tiny.config(
-    method, {**tiny.EXACT, 'model.n_heads': 4, **fields}
-  )
+  config = tiny.config(method, {**tiny.EXACT, 'model.n_heads': 4, **fields})
   rules = rules_lib.make_rules(config.quant.rules, config.quant.specs)
   model = config.model.copy_and_resolve_references().unlock()
   if model.attention == 'auto':
@@ -198,7 +200,10 @@ def layer(method='fp', **fields):
 def test_the_layer_is_its_parts():
   module, variables, x_BTD = layer(norm='inside', n_kv_heads=2)
   params = jax.tree.map(lambda p: np.float64(p), variables['params'])
-  norm = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+  def norm(x):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
   x = norm(np.float64(x_BTD)) * params['norm']['scale']
   q, k, v = (
     (x @ params[name]['kernel']).reshape(2, 7, -1, 8) for name in 'qkv'
@@ -231,6 +236,14 @@ def test_norms_are_where_the_config_says(norm, shared, norms):
     if keys[-1].key == 'scale'
   }
   assert found == norms
+
+
+def test_queries_keys_and_values_share_one_quantized_input():
+  # A binary weight is not rounded: one rounding for q, k and v, one for o.
+  for shared, rounded in ((True, 2), (False, 4)):
+    module, variables, x_BTD = layer('bitnet', norm_shared=shared)
+    args = (variables, x_BTD, np.arange(7))
+    assert jaxprs.count('round', module.apply, *args) == rounded
 
 
 @pytest.mark.parametrize(
@@ -269,9 +282,9 @@ def test_a_cache_continues_where_it_was_left(kv_heads, cuts):
   ],
 )
 def test_choose_form(name, platform, devices, expected):
-  assert attention.choose_form(name, platform, devices) == expected
+  assert attention.choose_form(name, platform, devices, 'bfloat16') == expected
 
 
 def test_choose_form_refuses_what_it_does_not_know():
   with pytest.raises(ValueError, match="attention='flash'; one of auto"):
-    attention.choose_form('flash', 'cpu', 1)
+    attention.choose_form('flash', 'cpu', 1, 'bfloat16')

@@ -108,9 +108,7 @@ def test_each_token_is_in_the_records_of_one_expert():
     np.testing.assert_array_equal(mine_EM, first_EM)
   assert (first_EM.sum(1) > 0).sum() > 1
   # Together they have every input of the wide branch, which reads the same.
-  total = sum(
-    records[f'block_0/ffn/narrow/up/{i}'].x_MK for i in range(4)
-  )
+  total = sum(records[f'block_0/ffn/narrow/up/{i}'].x_MK for i in range(4))
   np.testing.assert_array_equal(total, records['block_0/ffn/wide/up'].x_MK)
 
 

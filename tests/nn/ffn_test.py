@@ -52,7 +52,8 @@ def run(module, params, x_BTD):
 
 @functools.partial(jax.jit, static_argnums=0)
 def sown(module, params, x_BTD):
-  return module.apply({'params': params}, x_BTD, mutable=['router', 'inputs'])[1]
+  kinds = ['router', 'inputs']
+  return module.apply({'params': params}, x_BTD, mutable=kinds)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -187,8 +188,10 @@ def test_the_gated_layer_is_its_parts(activation, norm):
   if norm == 'inside':
     hidden = slow_norm(hidden, p['down'])
   np.testing.assert_allclose(
-    run(module, params, x_BTD), hidden @ p['down']['kernel'],
-    rtol=1e-4, atol=1e-5,
+    run(module, params, x_BTD),
+    hidden @ p['down']['kernel'],
+    rtol=1e-4,
+    atol=1e-5,
   )
 
 
@@ -197,11 +200,7 @@ def test_equal_experts_are_one_branch(gate_probability):
   module, params, x_BTD = layer(n_experts=1)
   many, _, _ = layer(n_experts=8, gate_probability=gate_probability)
   stacked = {
-    name: {
-      **linear, 'kernel': jnp.broadcast_to(
-        linear['kernel'], (8, *linear['kernel'].shape)
-      )
-    }
+    name: {**linear, 'kernel': jnp.stack([linear['kernel']] * 8)}
     for name, linear in params['narrow'].items()
   }
   router = jnp.asarray(normal(32, 8))

@@ -4,6 +4,7 @@ References take the quantizers' codes as given (they have tests of their own)
 and do everything after them in float64, with the roundings a method names.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -38,13 +39,14 @@ SPECS = [
   )
   if fields[0] != 'none' or fields[2] == 'tensor'
 ]
-spec_id = lambda s: f'{s.weight}-{s.activation}-{s.granularity}'
-method_id = lambda m: (
-  f'{"int8" if m.int8 else "float"}-{m.dtype}'
-  + ('-loop' if m.transpose_in_loop else '')
-)
-for_specs = pytest.mark.parametrize('spec', SPECS, ids=spec_id)
-for_methods = pytest.mark.parametrize('method', METHODS, ids=method_id)
+
+
+def name(fields):
+  return '-'.join(map(str, dataclasses.astuple(fields)))
+
+
+for_specs = pytest.mark.parametrize('spec', SPECS, ids=name)
+for_methods = pytest.mark.parametrize('method', METHODS, ids=name)
 BINARY = rules.Spec('binary', 'int8', 'tensor')
 
 

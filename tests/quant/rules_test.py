@@ -19,7 +19,9 @@ def make(*pairs):
 
 
 def params():
-  matrix = lambda *shape: jax.random.normal(jax.random.key(0), shape)
+  def matrix(*shape):
+    return jax.random.normal(jax.random.key(0), shape)
+
   return {
     'embed': {'embedding': matrix(8, 4)},
     'block_0': {
@@ -95,9 +97,8 @@ def test_rules_refuse_what_they_cannot_use():
 def test_a_spec_quantizes_as_it_says(weight, granularity):
   spec = rules.Spec(weight, 'int8', granularity)
   w_KN = params()['block_0']['attn']['q']['kernel']
-  q, expected = spec.quantize(w_KN), weights.QUANTIZERS[weight](
-    w_KN, granularity
-  )
+  q = spec.quantize(w_KN)
+  expected = weights.QUANTIZERS[weight](w_KN, granularity)
   np.testing.assert_array_equal(q.codes, expected.codes)
   np.testing.assert_array_equal(q.scale, expected.scale)
   assert spec.quantize_input(w_KN).alphabet == 'int8'
