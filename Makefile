@@ -27,7 +27,7 @@ train: $(STAMP)  ## Pretrain; CONFIG=configs/<method>.py:<size>, WORKDIR=<folder
 	$(VENV) -m qat.main --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(STAMP)  ## Run the fast tests.
-	$(VENV) -m pytest -m 'not slow' $(ARGS)
+	$(VENV) -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
 
 test-all: $(STAMP)  ## Run all tests.
 	$(VENV) -m pytest $(ARGS)

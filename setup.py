@@ -33,7 +33,13 @@ EXTRAS = {
   'gpu': ['jax[cuda13]'],
   'tpu': ['jax[tpu]'],
   'hf': ['datasets>=4.0', 'huggingface-hub>=1.0', 'safetensors>=0.6'],
-  'test': ['hypothesis>=6.100', 'ml_dtypes>=0.5', 'pytest>=9.0', 'ruff>=0.14'],
+  'test': [
+    'hypothesis>=6.100',
+    'ml_dtypes>=0.5',
+    'pytest>=9.0',
+    'pytest-xdist>=3.8',
+    'ruff>=0.14',
+  ],
 }
 
 setuptools.setup(

@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from qat import digest
 from qat import manifest
 from qat import restore
+from qat import sharding
 
 _SPARE = 1.1  # Free disk space that a save needs, in sizes of the state.
 
@@ -122,7 +123,10 @@ class Checkpointer:
     try:
       self._make_room(tmp, sum(leaf.nbytes for leaf in leaves.values()))
       # Dispatched before the caller can donate the state; read by the thread.
-      digests = {name: digest.digest(leaf) for name, leaf in leaves.items()}
+      digests = {
+        name: sharding.in_turn(digest.digest(leaf))
+        for name, leaf in leaves.items()
+      }
       # A new one for each save: what a failed save leaves in it is not ours.
       saver = ocp.AsyncCheckpointer(
         ocp.PyTreeCheckpointHandler(),

@@ -16,17 +16,6 @@ MALLOC = (
 ACCELERATORS = ('nvidia0', 'accel0', 'vfio/0', 'kfd')
 
 
-def synchronize_virtual_devices() -> None:
-  """Makes XLA:CPU run one program at a time where it plays several devices.
-
-  Virtual devices share the threads of one process. Two programs in flight, both
-  with exchanges between devices, can each hold threads that the other waits
-  for; XLA then ends the process.
-  """
-  if 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
-    os.environ.setdefault('JAX_CPU_ENABLE_ASYNC_DISPATCH', 'false')
-
-
 def tune_malloc() -> None:
   """Starts this program anew with `MALLOC`, where it runs on a CPU alone.
 

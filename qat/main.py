@@ -12,7 +12,6 @@ from qat import launch
 
 if __name__ == '__main__':
   launch.tune_malloc()
-  launch.synchronize_virtual_devices()
 
 import pathlib
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from qat import digest
 from qat import manifest
+from qat import sharding
 
 _LONGEST = 400  # Characters of tensorstore's errors, which are pages.
 # Status codes in the errors of tensorstore and XLA that tell of this machine's
@@ -119,7 +120,10 @@ def _read_step(path: Path, wanted: dict, partial: bool) -> tuple[dict, dict]:
     raise problem or manifest.CorruptError(
       f'{path} cannot be read by another process'
     )
-  found = {name: digest.digest(array) for name, array in arrays.items()}
+  found = {
+    name: sharding.in_turn(digest.digest(array))
+    for name, array in arrays.items()
+  }
   wrong = [
     name
     for name, words in found.items()

@@ -120,12 +120,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       done = step == config.train.steps
       look = done or step % config.train.health_every == 0
       if look:
-        codes = health.codes(state.params, program.model.rules)
-      state, measured = program.train_step(state, batch)
+        codes = sharding.in_turn(
+          health.codes(state.params, program.model.rules)
+        )
+      state, measured = sharding.in_turn(program.train_step(state, batch))
       routers = health.routers(measured.pop('router'))
       if look:
         measured |= routers
-        measured |= health.measure(state.params, codes, program.model.rules)
+        measured |= sharding.in_turn(
+          health.measure(state.params, codes, program.model.rules)
+        )
       if late:
         _settle(*late, state, program, log, meter)
       late = step, measured, batch

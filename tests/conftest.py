@@ -7,14 +7,15 @@ with a folder is a crash far from its cause.
 
 import os
 
-from qat import launch
-
 # Read once, when jax is first imported; subprocesses of a test inherit both.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  # Tests compile much and compute little.
+  ' --xla_backend_optimization_level=0'
+  # On a busy machine a device may be late; that is no deadlock yet.
+  ' --xla_cpu_collective_call_terminate_timeout_seconds=300'
 ).strip()
-launch.synchronize_virtual_devices()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

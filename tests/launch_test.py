@@ -20,18 +20,6 @@ print(os.environ['GLIBC_TUNABLES'], *sys.argv, sep='|')
 """
 
 
-def test_virtual_devices_run_one_program_at_a_time(monkeypatch):
-  name = 'JAX_CPU_ENABLE_ASYNC_DISPATCH'
-  for flags, value in (
-    ('', None),
-    ('--xla_force_host_platform_device_count=4', 'false'),
-  ):
-    monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('XLA_FLAGS', flags)
-    launch.synchronize_virtual_devices()
-    assert os.environ.get(name) == value
-
-
 glibc = pytest.mark.skipif(
   platform.libc_ver()[0] != 'glibc', reason='only glibc has tunables'
 )

@@ -74,8 +74,9 @@ def expected_output(x, w, spec):
   return np.float64(x) @ np.float64(w)
 
 
-@pytest.mark.parametrize('shape', [(6,), (5, 6), (2, 3, 6)])
-@pytest.mark.parametrize('eps', [1e-6, 0.5])
+@pytest.mark.parametrize(
+  ('shape', 'eps'), [((6,), 1e-6), ((5, 6), 0.5), ((2, 3, 6), 1e-6)]
+)
 def test_rms_norm_and_its_gradient_are_autodiff_in_float64(shape, eps):
   x, gain_D, dy = normal(*shape), normal(6, seed=1), normal(*shape, seed=2)
   y, vjp = jax.vjp(lambda x, g: layers.rms_norm(x, g, eps), x, gain_D)
@@ -207,11 +208,10 @@ def test_project_by_expert_gives_each_token_its_expert(name, norm_eps):
     np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['binary', 'full'])
-def test_an_expert_learns_from_its_own_tokens_alone(name):
+def test_an_expert_learns_from_its_own_tokens_alone():
   x, dy = normal(4, 8), normal(4, 5, seed=1)
   chosen = np.array([1, 1, 2, 1])[:, None] == np.arange(3)
-  model = Readers(rules(('.*', name)), (5,), experts=3)
+  model = Readers(rules(('.*', 'binary')), (5,), experts=3)
   params = init(model, x)
 
   def loss(params, x, rows):
