@@ -27,7 +27,7 @@ def low_bit_recipe(config, size: str) -> None:
   config.optim.second_weight_decay = 0.0
   # TIPS table 2: 1.5e-3 -> 1e-3 at 700M, 1.2e-3 -> 8e-4 above.
   config.optim.peak_lr = {
-    'tiny': 3e-3,
+    'tiny': 4e-3,
     'small': 2e-3,
     '300m': 1.5e-3,
     '700m': 1.5e-3,

@@ -14,7 +14,7 @@ def get_config(size: str = 'tiny'):
   config.name = f'fp-{size}'
   # TIPS table 2 trains full-precision LLaMA at 2.5e-4 (700M), 2e-4 above.
   config.optim.peak_lr = {
-    'tiny': 3e-3,
+    'tiny': 2e-3,
     'small': 2e-3,
     '300m': 3e-4,
     '700m': 2.5e-4,

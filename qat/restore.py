@@ -65,7 +65,7 @@ def newest(
     CorruptError: there are steps, and all of them are damaged.
     NotADirectoryError: `directory` is a file.
   """
-  directory = Path(directory)
+  directory = Path(directory).absolute()  # orbax reads no other.
   wanted = manifest.named(abstract_state)
   for name, leaf in wanted.items():
     if leaf.sharding is None:

@@ -47,6 +47,11 @@ def test_the_newest_checkpoint_is_loaded_onto_one_device(saved):
   assert files(saved.workdir) == before
 
 
+def test_a_run_may_be_named_relative_to_the_working_folder(saved, monkeypatch):
+  monkeypatch.chdir(saved.workdir.parent)
+  assert load.load_run(pathlib.Path(saved.workdir.name)).step == 10
+
+
 def damage(step: pathlib.Path) -> None:
   file = step / manifest.FILE
   file.write_bytes(file.read_bytes()[:-9])
