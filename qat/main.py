@@ -37,8 +37,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
   'distributed', False, 'Join the other hosts of a pod or cluster first.'
 )
 
-# What a user can mend: one message, no traceback. EX_CONFIG and EX_TEMPFAIL
-# have their own codes so that a scheduler knows whether to try again.
+# One message, no traceback: 2 for what a user can mend, 1 for a run gone wrong.
 _USER_ERRORS = (config_lib.ConfigError, lock.LockedError, FileNotFoundError)
 _RUN_ERRORS = (
   train.NonFiniteError,
@@ -55,8 +54,6 @@ def parse(argv: list[str]) -> list[str]:
       raise ValueError(f'unknown arguments {" ".join(rest[1:])}')
     _ = _CONFIG.value.name  # Where the file is missing, this says so.
     return rest
-  except SystemExit:
-    raise
   except Exception as error:  # What a config file raises is the user's too.
     message = str(error.args[0] if error.args else error).strip()
     if 'Traceback' in message:  # Of the config file; its last line says it.

@@ -124,9 +124,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
           health.codes(state.params, program.model.rules)
         )
       state, measured = sharding.in_turn(program.train_step(state, batch))
-      routers = health.routers(measured.pop('router'))
+      routers = measured.pop('router')
       if look:
-        measured |= routers
+        measured |= health.routers(routers)
         measured |= sharding.in_turn(
           health.measure(state.params, codes, program.model.rules)
         )

@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Callable
 import datetime
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -204,8 +205,6 @@ def _machine() -> str:
 
 
 def _cpus() -> set[int]:
-  import os
-
   return os.sched_getaffinity(0)
 
 
