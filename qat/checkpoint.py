@@ -77,6 +77,7 @@ class Checkpointer:
     self._timeout_s, self._say = timeout_s, say
     self._pending: concurrent.futures.Future[None] | None = None
     self._step = -1  # Of `_pending`.
+    self._thread: threading.Thread | None = None  # Completes `_pending`.
     self._newest: int | None = None
     self._reached: collections.Counter[str] = collections.Counter()
     self._first = jax.process_index() == 0
@@ -142,12 +143,13 @@ class Checkpointer:
       raise self._error(step, error) from error
     self._at('save_started')
     self._pending, self._step = concurrent.futures.Future(), step
-    threading.Thread(
+    self._thread = threading.Thread(
       target=self._finish,
       args=(self._pending, saver, tmp, body, digests),
       name=f'checkpoint-{step}',
       daemon=True,  # `wait` bounds it; the end of the program must not hang.
-    ).start()
+    )
+    self._thread.start()
 
   def poll(self) -> int | None:
     """The newest step that is on disk for good; never waits.
@@ -175,6 +177,8 @@ class Checkpointer:
       return
     if concurrent.futures.wait([self._pending], self._timeout_s).done:
       failure = self._pending.exception()
+      # It still frees arrays; one freed while Python shuts down aborts it.
+      self._thread.join(self._timeout_s)
     else:
       failure = TimeoutError(f'not done after {self._timeout_s:g} s')
     self._pending = self._newest = None

@@ -98,7 +98,10 @@ def scores(w_KN: jax.Array, inverse_K: jax.Array) -> jax.Array:
 
 @jax.jit
 def gini(s_KN: jax.Array) -> jax.Array:
-  """The Gini coefficient of scores that are not negative; 0 if all are 0."""
+  """The Gini coefficient of scores that are not negative; 0 if all are 0.
+
+  Scores that are not finite have none: NaN.
+  """
   largest = jnp.max(s_KN)
   ranked_KN = jnp.sort(s_KN.ravel()).reshape(s_KN.shape)
   ranked_KN = ranked_KN / jnp.where(largest > 0, largest, 1)
@@ -107,7 +110,7 @@ def gini(s_KN: jax.Array) -> jax.Array:
   place_KN = (2 * jnp.arange(n, dtype=jnp.float32) + (1 - n)) / n
   total = _sum(ranked_KN)
   weighted = _sum(place_KN.reshape(s_KN.shape) * ranked_KN)
-  return jnp.where(total > 0, weighted / jnp.where(total > 0, total, 1), 0)
+  return jnp.where(total == 0, 0, weighted / jnp.where(total == 0, 1, total))
 
 
 @jax.jit
@@ -115,10 +118,10 @@ def top_share(s_KN: jax.Array) -> jax.Array:
   """The share of the sum of scores that the largest 1 % of them hold.
 
   1 % is rounded to whole scores and is at least one. Scores that are all 0 are
-  all equal: their largest 1 % hold 1 %.
+  all equal: their largest 1 % hold 1 %. Scores that are not finite: NaN.
   """
   largest = jnp.max(s_KN)
-  s_KN = jnp.where(largest > 0, s_KN / jnp.where(largest > 0, largest, 1), 1)
+  s_KN = jnp.where(largest == 0, 1, s_KN / jnp.where(largest == 0, 1, largest))
   top = max(1, round(s_KN.size / 100))
   return jnp.sum(jnp.sort(s_KN.ravel())[-top:]) / _sum(s_KN)
 

@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+import threading
 import time
 
 import pytest
@@ -126,9 +127,19 @@ def test_leaving_right_after_save_waits_for_it(tmp_path, start):
     """,
     tmp_path,
   )
-  run.communicate(timeout=60)
-  assert run.returncode == 143
+  _, err = run.communicate(timeout=60)
+  assert run.returncode == 143, err
   assert manifest.steps(tmp_path) == [1]
+
+
+def test_a_finished_save_leaves_no_thread_behind(tmp_path):
+  with states.opened(tmp_path) as saver:
+    for step in (1, 2):
+      saver.save(step, states.make(step), {})
+      saver.wait()
+      # One that frees arrays while the interpreter shuts down aborts it.
+      alive = [thread.name for thread in threading.enumerate()]
+      assert f'checkpoint-{step}' not in alive
 
 
 @pytest.mark.slow
