@@ -60,6 +60,7 @@ class Attention(nn.Module):
     x_BTD: jax.Array,
     positions_T: jax.Array,
     cache: Cache | None = None,
+    mix: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Returns the output `[B, T, D]` and the cache with T more positions."""
     c = self.config
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         read(c.n_kv_heads * head, name='v'),
       ],
       self.method,
+      mix,
     )
 
     def split(y_BTN: jax.Array) -> jax.Array:
@@ -107,7 +109,7 @@ class Attention(nn.Module):
       name='o',
     )
     y_BTD = y_BTNH.reshape(*x_BTD.shape[:2], -1)
-    (y_BTD,) = layers.project(y_BTD, [out], self.method)
+    (y_BTD,) = layers.project(y_BTD, [out], self.method, mix)
     return y_BTD.astype(x_BTD.dtype), cache
 
 

@@ -21,17 +21,22 @@ class LinearRecord:
     x_MK: the inputs as the layer multiplies them, float32; rows of tokens that
       go to another expert are zero.
     latent_KN: the float weights that are trained.
-    quantized_KN: the weights that the forward pass uses.
+    quantized_KN: the weights that the forward pass uses; None in a layer that
+      is not quantized.
   """
 
   path: str
   x_MK: jax.Array
   latent_KN: jax.Array
-  quantized_KN: jax.Array
+  quantized_KN: jax.Array | None
 
 
 def linear_records(
-  model: transformer.Transformer, params: Any, tokens_BT: jax.Array
+  model: transformer.Transformer,
+  params: Any,
+  tokens_BT: jax.Array,
+  *,
+  full_precision: bool = False,
 ) -> Iterator[LinearRecord]:
   """Yields a record for every quantized linear layer, in the tree's order.
 
@@ -42,26 +47,30 @@ def linear_records(
     model: the model.
     params: its parameters.
     tokens_BT: int32, the calibration batch.
+    full_precision: yield the layers that are not quantized, too.
   """
   sown = _forward(model, params, tokens_BT)
   inputs = {
     '/'.join(key.key for key in keys[:-1]): leaf
     for keys, leaf in jax.tree_util.tree_leaves_with_path(sown)
   }
-  for path, kernel in rules_lib.kernels(params).items():
+  for path, layer in rules_lib.layers(params).items():
     spec = model.rules.find(path)
-    if spec.weight == 'none':
+    if spec.weight == 'none' and not full_precision:
       continue
-    quantized = _fake_quantize(spec, kernel)
+    kernel, quantized = layer['kernel'], None
+    if spec.weight != 'none':
+      quantized = _fake_quantize(spec, layer)
     x_MK = _rows(inputs[f'{path}/x'])
     if kernel.ndim == 2:
       yield LinearRecord(path, x_MK, kernel, quantized)
       continue
-    layer = path.split('/narrow/')[0]
-    chosen_ME = _rows(inputs[f'{layer}/chosen'])
+    ffn = path.split('/narrow/')[0]
+    chosen_ME = _rows(inputs[f'{ffn}/chosen'])
     for i, weight_KN in enumerate(kernel):
       mine_MK = x_MK * chosen_ME[:, i, None]
-      yield LinearRecord(f'{path}/{i}', mine_MK, weight_KN, quantized[i])
+      mine_KN = None if quantized is None else quantized[i]
+      yield LinearRecord(f'{path}/{i}', mine_MK, weight_KN, mine_KN)
 
 
 # At the top of the module, so that what was compiled is found again: for the
@@ -76,8 +85,10 @@ def _forward(model: transformer.Transformer, params: Any, tokens_BT: jax.Array):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fake_quantize(spec: rules_lib.Spec, w_KN: jax.Array) -> jax.Array:
-  return spec.quantize(w_KN).dequantize()
+def _fake_quantize(
+  spec: rules_lib.Spec, layer: dict[str, jax.Array]
+) -> jax.Array:
+  return spec.quantize(layer).dequantize()
 
 
 def _rows(x: jax.Array) -> jax.Array:

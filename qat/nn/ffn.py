@@ -62,7 +62,11 @@ class Branch(nn.Module):
     return [self.gate, self.up]
 
   def finish(
-    self, gate: jax.Array, up: jax.Array, chosen: jax.Array | None = None
+    self,
+    gate: jax.Array,
+    up: jax.Array,
+    chosen: jax.Array | None = None,
+    mix: jax.Array | None = None,
   ) -> jax.Array:
     """Gates and projects down.
 
@@ -70,6 +74,7 @@ class Branch(nn.Module):
       gate: `[..., F]`, or `[..., E, F]` of stacked experts.
       up: like `gate`.
       chosen: bool `[..., E]`, the expert of each token; None without experts.
+      mix: as in `layers.project`.
 
     Returns:
       float32 `[..., D]`.
@@ -77,20 +82,23 @@ class Branch(nn.Module):
     dtype = self.config.dot_dtype
     hidden = gated(gate.astype(dtype), up.astype(dtype), self.config.activation)
     if chosen is None:
-      return layers.project(hidden, [self.down], self.method)[0]
+      return layers.project(hidden, [self.down], self.method, mix)[0]
     hidden = jnp.sum(jnp.where(chosen[..., None], hidden, 0), axis=-2)
-    return layers.project_by_expert(hidden, self.down, chosen, self.method)
+    return layers.project_by_expert(hidden, self.down, chosen, self.method, mix)
 
 
 class GatedFFN(Branch):
   """The layer of LLaMA, BitNet and b1.58: one branch of width d_ff."""
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BTD: jax.Array, mix: jax.Array | None = None
+  ) -> jax.Array:
     c = self.config
     if c.norm == 'pre' or c.norm_shared:
       x_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
-    y_BTD = self.finish(*layers.project(x_BTD, self.readers(), self.method))
+    gate, up = layers.project(x_BTD, self.readers(), self.method, mix)
+    y_BTD = self.finish(gate, up, mix=mix)
     return y_BTD.astype(x_BTD.dtype)
 
 
@@ -114,7 +122,9 @@ class DecoupledFFN(nn.Module):
   method: dot.Method
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BTD: jax.Array, mix: jax.Array | None = None
+  ) -> jax.Array:
     c = self.config
     branch = functools.partial(
       Branch, config=c, rules=self.rules, method=self.method
@@ -132,14 +142,14 @@ class DecoupledFFN(nn.Module):
       normed_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
     source = normed_BTD if c.norm == 'pre' or c.norm_shared else x_BTD
     wide_gate, wide_up, gate, up = layers.project(
-      source, wide.readers() + narrow.readers(), self.method
+      source, wide.readers() + narrow.readers(), self.method, mix
     )
     if c.n_experts > 1:
       chosen_BTE, weight_BT1 = self._route(normed_BTD)
-      y_narrow = narrow.finish(gate, up, chosen_BTE) * weight_BT1
+      y_narrow = narrow.finish(gate, up, chosen_BTE, mix) * weight_BT1
     else:
-      y_narrow = narrow.finish(gate, up)
-    y_wide = wide.finish(wide_gate, wide_up)
+      y_narrow = narrow.finish(gate, up, mix=mix)
+    y_wide = wide.finish(wide_gate, wide_up, mix=mix)
     return (alpha * y_narrow + beta * y_wide).astype(x_BTD.dtype)
 
   def _route(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """RMSNorm, and linear layers that find their quantization rule by path."""
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -98,8 +99,13 @@ class Linear(nn.Module):
     return self.rules.find(self.path_name)
 
   @nn.compact
-  def weight_and_input(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The latent weight `[K, N]` or `[E, K, N]`, and `x`, normed if it is."""
+  def parameters_and_input(
+    self, x: jax.Array
+  ) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The layer's own parameters, and `x`, normed if it is.
+
+    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`.
+    """
     shape = (x.shape[-1], self.features)
     if self.experts:
       shape = (self.experts, *shape)
@@ -108,11 +114,14 @@ class Linear(nn.Module):
     )
     if self.norm_eps is not None:
       x = RMSNorm(self.norm_eps, name='norm')(x)
-    return kernel, x
+    return {'kernel': kernel}, x
 
 
 def project(
-  x: jax.Array, linears: Sequence[Linear], method: dot.Method
+  x: jax.Array,
+  linears: Sequence[Linear],
+  method: dot.Method,
+  mix: jax.Array | None = None,
 ) -> list[jax.Array]:
   """Applies several linear layers to one input.
 
@@ -123,6 +132,7 @@ def project(
     x: float, `[..., K]`.
     linears: layers that read `x`, bound to their scope.
     method: how to multiply.
+    mix: share of quantization while it is annealed; see `dot.make_input`.
 
   Returns:
     For each layer float32 `[..., N]`; for a stack of experts `[..., E, N]`:
@@ -130,21 +140,26 @@ def project(
   """
   ys, shared = [], {}
   for linear in linears:
-    weight, normed = linear.weight_and_input(x)
+    layer, normed = linear.parameters_and_input(x)
     if linear.norm_eps is not None:
-      source = dot.make_input(normed, linear.spec)
+      source = dot.make_input(normed, linear.spec, mix)
     else:
       key = linear.spec.activation
       if key not in shared:
-        shared[key] = dot.make_input(normed, linear.spec)
+        shared[key] = dot.make_input(normed, linear.spec, mix)
       source = shared[key]
     _record(linear, source)
-    ys.append(dot.quantized_dot(source, weight, linear.spec, method))
+    weight = dot.make_weight(layer, linear.spec, mix)
+    ys.append(dot.quantized_dot(source, weight, method))
   return ys
 
 
 def project_by_expert(
-  x: jax.Array, linear: Linear, chosen: jax.Array, method: dot.Method
+  x: jax.Array,
+  linear: Linear,
+  chosen: jax.Array,
+  method: dot.Method,
+  mix: jax.Array | None = None,
 ) -> jax.Array:
   """Applies to each token the matrix of its expert; the dense reference.
 
@@ -153,37 +168,37 @@ def project_by_expert(
     linear: a stack of E matrices.
     chosen: bool, `[..., E]`: one expert a token.
     method: how to multiply.
+    mix: as in `project`.
 
   Returns:
     float32 `[..., N]`.
   """
-  weight_EKN, x = linear.weight_and_input(x)
-  source = dot.make_input(x, linear.spec)
+  layer, x = linear.parameters_and_input(x)
+  source = dot.make_input(x, linear.spec, mix)
   _record(linear, source)
   y = jnp.zeros((*x.shape[:-1], linear.features), jnp.float32)
-  for expert, weight_KN in enumerate(weight_EKN):
+  for expert in range(linear.experts):
     mine = chosen[..., expert, None]
-    y = y + dot.quantized_dot(
-      _masked(source, mine), weight_KN, linear.spec, method
+    weight = dot.make_weight(
+      {name: leaf[expert] for name, leaf in layer.items()}, linear.spec, mix
     )
+    y = y + dot.quantized_dot(_masked(source, mine), weight, method)
   return y
 
 
-def _masked(source: dot.Input, mask: jax.Array) -> dot.Input:
+def _masked(source: dot.Operand, mask: jax.Array) -> dot.Operand:
   """The input with the rows of `mask` alone, the others zero."""
-  value = jnp.where(mask, source.value_MK, 0)
+  value = jnp.where(mask, source.value, 0)
   if source.quantized is None:
-    return dot.Input(value, None)
+    return dot.Operand(value, None)
   codes = jnp.where(mask, source.quantized.codes, 0).astype(jnp.int8)
-  quantized = source.quantized.__class__(
-    codes, source.quantized.scale, source.quantized.alphabet
-  )
-  return dot.Input(value, quantized)
+  quantized = dataclasses.replace(source.quantized, codes=codes)
+  return dot.Operand(value, quantized)
 
 
-def _record(linear: Linear, source: dot.Input) -> None:
+def _record(linear: Linear, source: dot.Operand) -> None:
   """Keeps what the layer multiplies, where a caller asks for 'inputs'."""
-  value = source.value_MK
+  value = source.value
   if source.quantized is not None:
     value = source.quantized.dequantize(value.dtype)
   linear.sow('inputs', 'x', value)

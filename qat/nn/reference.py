@@ -62,7 +62,7 @@ def loss(
     if spec.activation != 'none':
       x = _pass_through(x, spec.quantize_input(x).dequantize())
     if spec.weight != 'none':
-      w_KN = _pass_through(w_KN, spec.quantize(w_KN).dequantize())
+      w_KN = _pass_through(w_KN, spec.quantize(parameters).dequantize())
     return x @ w_KN
 
   def input_of(layer, x):

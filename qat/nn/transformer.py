@@ -29,17 +29,18 @@ class Block(nn.Module):
     x_BTD: jax.Array,
     positions_T: jax.Array,
     cache: attention.Cache | None,
+    mix: jax.Array | None = None,
   ) -> tuple[jax.Array, attention.Cache | None]:
     parts = dict(config=self.config, rules=self.rules, method=self.method)
     y_BTD, cache = attention.Attention(**parts, name='attn')(
-      x_BTD, positions_T, cache
+      x_BTD, positions_T, cache, mix
     )
     x_BTD = x_BTD + y_BTD
     if self.config.ffn == 'decoupled':
       layer = ffn.DecoupledFFN(**parts, name='ffn')
     else:
       layer = ffn.GatedFFN(**parts, width=self.config.d_ff, name='ffn')
-    return x_BTD + layer(x_BTD), cache
+    return x_BTD + layer(x_BTD, mix), cache
 
 
 class Transformer(nn.Module):
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
     tokens_BT: jax.Array,
     caches: Sequence[attention.Cache] | None = None,
     start: jax.Array | int = 0,
+    mix: jax.Array | None = None,
   ) -> tuple[jax.Array, list[attention.Cache] | None]:
     """Hidden states before the head.
 
@@ -85,6 +87,8 @@ class Transformer(nn.Module):
       tokens_BT: int token ids.
       caches: one for each block, to continue from; None to train.
       start: position of the first token.
+      mix: share of quantization, 0 to 1, while it is annealed in training;
+        None: quantized.
 
     Returns:
       `[B, T, D]` after the final norm, and the caches with T more positions.
@@ -99,7 +103,7 @@ class Transformer(nn.Module):
     new_caches = []
     for i, block in enumerate(self.block):
       x_BTD, cache = block(
-        x_BTD, positions_T, None if caches is None else caches[i]
+        x_BTD, positions_T, None if caches is None else caches[i], mix
       )
       new_caches.append(cache)
     x_BTD = self.final_norm(x_BTD)

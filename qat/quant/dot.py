@@ -1,19 +1,26 @@
-"""The quantized dot: an input times a weight, with straight-through gradients.
+"""The quantized dot: an input times a weight, and the gradients of both.
 
 Forward, for the codes c and the scales s of an input and of a weight:
 
   y = (c_x @ c_w) * s_x * s_w
 
-Backward, with the straight-through estimator (the gradient of quantization is
-taken as 1; BitNet 2310.11453 section 2.2, pQuant 2602.22592 section 3.1):
+Backward, the gradients with respect to the quantized input and weight:
 
   dx = dy @ (c_w s_w)^T        dw = (c_x s_x)^T @ dy
 
+They are handed to the float value that each operand carries. With the
+straight-through estimator (the gradient of quantization is taken as 1; BitNet
+2310.11453 section 2.2, pQuant 2602.22592 section 3.1) that is the input or the
+latent weight itself; a learned quantizer puts its own gradient there.
+
 Autodiff of the textbook form `w + stop_gradient(q(w) - w)` computes the same,
 but keeps float copies of the quantized input and of the quantized weight until
-the backward pass. Here int8 codes and the scales are all that stays.
+the backward pass. Here codes and scales are all that stays. Where scales vary
+along the contracted axis (groups), or codes have an offset, the dequantized
+operand is multiplied and kept instead.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import pathlib
@@ -55,22 +62,60 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Input:
-  """An input of linear layers, quantized once for all that read it.
+class Operand:
+  """One side of a product.
 
   Attributes:
-    value_MK: the float input; carries the gradient. Where all readers use the
-      codes, its value is never computed.
-    quantized: its codes and scales, or None.
+    value: the float array; carries the gradient. Where it is quantized, its
+      value is never computed.
+    quantized: what is multiplied instead, or None.
   """
 
-  value_MK: jax.Array
+  value: jax.Array
   quantized: qtensor.QTensor | None
 
 
-def make_input(x_MK: jax.Array, spec: rules.Spec) -> Input:
-  """Quantizes the input of layers with `spec`; the gradient passes through."""
-  return Input(x_MK, spec.quantize_input(lax.stop_gradient(x_MK)))
+def make_input(
+  x_MK: jax.Array, spec: rules.Spec, mix: jax.Array | None = None
+) -> Operand:
+  """Quantizes the input of layers with `spec`; the gradient passes through.
+
+  Args:
+    x_MK: float, `[..., K]`.
+    spec: how inputs are quantized.
+    mix: share of the quantized value, 0 to 1, while quantization is annealed;
+      None: all of it, and products of codes.
+  """
+  quantized = spec.quantize_input(lax.stop_gradient(x_MK))
+  if mix is None or quantized is None:
+    return Operand(x_MK, quantized)
+  change = quantized.dequantize() - x_MK
+  return Operand(
+    x_MK + lax.stop_gradient(mix * change).astype(x_MK.dtype), None
+  )
+
+
+def make_weight(
+  layer: Mapping[str, jax.Array],
+  spec: rules.Spec,
+  mix: jax.Array | None = None,
+) -> Operand:
+  """Quantizes the weight of a layer.
+
+  Args:
+    layer: 'kernel', float `[K, N]` or a stack `[E, K, N]`, and the learned
+      parameters of the layer's quantizer, if it has any.
+    spec: how the weight is quantized.
+    mix: as in `make_input`.
+  """
+  kernel = layer['kernel']
+  quantized = spec.quantize(jax.tree.map(lax.stop_gradient, dict(layer)))
+  if quantized is None:
+    return Operand(kernel, None)
+  value = spec.fake_quantize(layer, quantized)
+  if mix is None:
+    return Operand(value, quantized)
+  return Operand((1 - mix) * kernel + mix * value, None)
 
 
 def choose_method(
@@ -108,28 +153,45 @@ def _cpu_has_tiles() -> bool:
   )
 
 
-def quantized_dot(
-  x: Input, weight: jax.Array, spec: rules.Spec, method: Method
-) -> jax.Array:
+def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
   """Multiplies an input by a weight, or by each weight of a stack.
 
   Args:
-    x: the input, `[..., K]`, made by `make_input` with the same activation.
-    weight: latent float `[K, N]`, or a stack `[E, K, N]`.
-    spec: how the weight is quantized.
+    x: the input, `[..., K]`, from `make_input`.
+    weight: `[K, N]`, or a stack `[E, K, N]`, from `make_weight`.
     method: how to multiply.
 
   Returns:
     float32 `[..., N]`, or `[..., E, N]` for a stack.
   """
-  codes_MK, scale_M1 = None, None
-  if x.quantized is not None:
-    codes_MK = _flat(x.quantized.codes)
-    scale_M1 = _flat(x.quantized.scale)
-  y_MN = _dot(_flat(x.value_MK), codes_MK, scale_M1, weight, spec, method)
-  lead = x.value_MK.shape[:-1]
-  stack = weight.shape[:-2]
-  return y_MN.reshape(*lead, *stack, weight.shape[-1])
+  codes_MK, scale_M1 = _parts(x, -1, method)
+  codes_KN, scale_1N = _parts(weight, -2, method)
+  stack = weight.value.shape[:-2]
+  if scale_1N is not None:
+    ones = (*stack, 1, weight.value.shape[-1])
+    scale_1N = _columns(jnp.broadcast_to(scale_1N, ones))
+  y_MN = _dot(
+    _flat(x.value),
+    None if codes_MK is None else _flat(codes_MK),
+    None if scale_M1 is None else _flat(scale_M1),
+    _columns(weight.value),
+    None if codes_KN is None else _columns(codes_KN),
+    scale_1N,
+    method,
+  )
+  return y_MN.reshape(*x.value.shape[:-1], *stack, weight.value.shape[-1])
+
+
+def _parts(
+  operand: Operand, contracted: int, method: Method
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """Codes, and the scales that may be applied to the product instead."""
+  q = operand.quantized
+  if q is None:
+    return None, None
+  if q.scale.shape[contracted] == 1:
+    return q.codes, q.scale
+  return q.dequantize(method.dtype), None
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -141,44 +203,33 @@ def _columns(w: jax.Array) -> jax.Array:
   return w if w.ndim == 2 else w.swapaxes(0, 1).reshape(w.shape[1], -1)
 
 
-def _stack(w_KN: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The inverse of `_columns`."""
-  if len(shape) == 2:
-    return w_KN
-  return w_KN.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _dot(value_MK, codes_MK, scale_M1, value_KN, codes_KN, scale_1N, method):
+  return _dot_fwd(
+    value_MK, codes_MK, scale_M1, value_KN, codes_KN, scale_1N, method
+  )[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _dot(value_MK, codes_MK, scale_M1, weight, spec, method):
-  return _dot_fwd(value_MK, codes_MK, scale_M1, weight, spec, method)[0]
+def _dot_fwd(
+  value_MK, codes_MK, scale_M1, value_KN, codes_KN, scale_1N, method
+):
+  x_MK = value_MK.astype(method.dtype) if codes_MK is None else codes_MK
+  w_KN = value_KN.astype(method.dtype) if codes_KN is None else codes_KN
+  if method.gather_codes and codes_KN is not None:
+    # Without the barrier XLA exchanges first and converts to codes after.
+    w_KN = lax.optimization_barrier(w_KN)
+    w_KN = lax.with_sharding_constraint(w_KN, P())
+  y_MN = _product(x_MK, w_KN, method)
+  for scale in (scale_1N, scale_M1):
+    if scale is not None:
+      y_MN = y_MN * scale
+  like = (_marker(value_MK), _marker(value_KN))
+  return y_MN, (x_MK, scale_M1, w_KN, scale_1N, like)
 
 
-def _dot_fwd(value_MK, codes_MK, scale_M1, weight, spec, method):
-  left_MK = value_MK.astype(method.dtype) if codes_MK is None else codes_MK
-  w_scale_1N = None
-  if spec.weight == 'none':
-    w_KN = _columns(weight).astype(method.dtype)
-  else:
-    quantized = spec.quantize(weight)
-    w_KN = _columns(quantized.codes)
-    ones = (*weight.shape[:-2], 1, weight.shape[-1])
-    w_scale_1N = _columns(jnp.broadcast_to(quantized.scale, ones))
-    if method.gather_codes:
-      # Without the barrier XLA exchanges first and converts to int8 after.
-      w_KN = lax.optimization_barrier(w_KN)
-      w_KN = lax.with_sharding_constraint(w_KN, P())
-  y_MN = _product(left_MK, w_KN, method)
-  if w_scale_1N is not None:
-    y_MN = y_MN * w_scale_1N
-  if scale_M1 is not None:
-    y_MN = y_MN * scale_M1
-  like = (_marker(value_MK), _marker(weight, weight.shape))
-  return y_MN, (left_MK, scale_M1, w_KN, w_scale_1N, like)
-
-
-def _dot_bwd(spec, method, residuals, dy_MN):
-  left_MK, scale_M1, w_KN, w_scale_1N, (value_like, weight_like) = residuals
-  dy_w_MN = dy_MN if w_scale_1N is None else dy_MN * w_scale_1N
+def _dot_bwd(method, residuals, dy_MN):
+  x_MK, scale_M1, w_KN, scale_1N, (x_like, w_like) = residuals
+  dy_w_MN = dy_MN if scale_1N is None else dy_MN * scale_1N
   dx_MK = lax.dot_general(
     dy_w_MN.astype(method.dtype),
     w_KN.astype(method.dtype),
@@ -186,27 +237,32 @@ def _dot_bwd(spec, method, residuals, dy_MN):
     preferred_element_type=jnp.float32,
   )
   dy_x_MN = dy_MN if scale_M1 is None else dy_MN * scale_M1
-  dw_KN = _transposed_product(left_MK, dy_x_MN.astype(method.dtype), method)
-  no_gradient = (None, None)
-  if scale_M1 is not None:
-    # float0 is the cotangent JAX wants for integers.
-    no_gradient = (
-      np.zeros(left_MK.shape, jax.dtypes.float0),
-      jnp.zeros_like(scale_M1),
-    )
+  dw_KN = _transposed_product(x_MK, dy_x_MN.astype(method.dtype), method)
   return (
-    dx_MK.astype(value_like.dtype),
-    *no_gradient,
-    _stack(dw_KN, weight_like.shape[1:]).astype(weight_like.dtype),
+    dx_MK.astype(x_like.dtype),
+    _no_gradient(x_MK),
+    _no_gradient(scale_M1),
+    dw_KN.astype(w_like.dtype),
+    _no_gradient(w_KN),
+    _no_gradient(scale_1N),
   )
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)
 
 
-def _marker(a: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
-  """An empty array that carries a dtype and a shape to the backward pass."""
-  return jnp.zeros((0, *shape), a.dtype)
+def _no_gradient(a: jax.Array | None) -> np.ndarray | jax.Array | None:
+  """The cotangent of what is a constant to the gradient."""
+  if a is None:
+    return None
+  if jnp.issubdtype(a.dtype, jnp.integer):
+    return np.zeros(a.shape, jax.dtypes.float0)
+  return jnp.zeros_like(a)
+
+
+def _marker(a: jax.Array) -> jax.Array:
+  """An empty array that carries a dtype to the backward pass."""
+  return jnp.zeros((0,), a.dtype)
 
 
 def _product(x_MK, w_KN, method: Method) -> jax.Array:

@@ -7,6 +7,7 @@ import dataclasses
 import re
 
 import jax
+from jax import numpy as jnp
 
 from qat.quant import activations
 from qat.quant import qtensor
@@ -40,11 +41,28 @@ class Spec:
           f' one of {", ".join(allowed)}.'
         )
 
-  def quantize(self, w_KN: jax.Array) -> qtensor.QTensor | None:
-    """The quantized weights `[..., K, N]`, or None for weight='none'."""
+  def quantize(self, layer: Mapping[str, jax.Array]) -> qtensor.QTensor | None:
+    """The quantized weight of a layer, or None for weight='none'.
+
+    Args:
+      layer: 'kernel', `[..., K, N]`.
+    """
     if self.weight == 'none':
       return None
-    return weights.QUANTIZERS[self.weight](w_KN, self.granularity)
+    return weights.QUANTIZERS[self.weight](layer['kernel'], self.granularity)
+
+  def fake_quantize(
+    self, layer: Mapping[str, jax.Array], quantized: qtensor.QTensor
+  ) -> jax.Array:
+    """The float array `[..., K, N]` that `quantized` stands for.
+
+    Its gradient passes straight through to the kernel.
+
+    Args:
+      layer: what `quantize` was given.
+      quantized: what it returned, without a gradient.
+    """
+    return _straight_through(layer['kernel'], quantized.dequantize())
 
   def quantize_input(self, x_MK: jax.Array) -> qtensor.QTensor | None:
     """The quantized inputs `[..., K]`, or None for activation='none'."""
@@ -93,6 +111,19 @@ class Rules:
         )
 
 
+@jax.custom_vjp
+def _straight_through(latent: jax.Array, quantized: jax.Array) -> jax.Array:
+  """The value of `quantized` with the gradient of `latent`."""
+  del latent
+  return quantized
+
+
+_straight_through.defvjp(
+  lambda latent, quantized: (quantized, None),
+  lambda _, gradient: (gradient, jnp.zeros_like(gradient)),
+)
+
+
 def make_rules(
   rules: Sequence[tuple[str, str]], specs: Mapping[str, Mapping[str, str]]
 ) -> Rules:
@@ -108,21 +139,26 @@ def make_rules(
   return Rules(tuple(made))
 
 
-def kernels(params: Mapping) -> dict[str, jax.Array]:
-  """The matrix of every linear layer, by layer path, in the tree's order.
+def layers(params: Mapping) -> dict[str, dict[str, jax.Array]]:
+  """The parameters of every linear layer, by layer path, in the tree's order.
 
   Args:
     params: a parameter tree; a linear layer is what has a leaf 'kernel'.
 
   Returns:
-    Path such as 'block_0/attn/q' -> `[K, N]`, or `[E, K, N]` for experts.
+    Path such as 'block_0/attn/q' -> its own leaves: 'kernel', `[K, N]`, or
+    `[E, K, N]` for experts, and what its quantizer learns.
   """
   found = {}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
     *path, last = [key.key for key in keys]
-    if last == 'kernel':
-      found['/'.join(path)] = leaf
-  return found
+    found.setdefault('/'.join(path), {})[last] = leaf
+  return {path: leaves for path, leaves in found.items() if 'kernel' in leaves}
+
+
+def kernels(params: Mapping) -> dict[str, jax.Array]:
+  """The matrix of every linear layer, by layer path; see `layers`."""
+  return {path: layer['kernel'] for path, layer in layers(params).items()}
 
 
 def quantize_kernels(
@@ -130,6 +166,7 @@ def quantize_kernels(
 ) -> dict[str, qtensor.QTensor]:
   """Every linear layer's quantized matrix; layers with weight='none' absent."""
   quantized = {
-    path: rules.find(path).quantize(w) for path, w in kernels(params).items()
+    path: rules.find(path).quantize(layer)
+    for path, layer in layers(params).items()
   }
   return {path: q for path, q in quantized.items() if q is not None}

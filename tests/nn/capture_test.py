@@ -29,9 +29,9 @@ def observe(monkeypatch, model, params):
   """Every product of a forward pass: the weight and the output, as rows."""
   original, seen = dot.quantized_dot, []
 
-  def quantized_dot(x, weight, spec, method):
-    y = original(x, weight, spec, method)
-    seen.append((weight, y))
+  def quantized_dot(x, weight, method):
+    y = original(x, weight, method)
+    seen.append((weight.value, y))
     return y
 
   @jax.jit
@@ -48,7 +48,7 @@ def output_of(seen, record):
   """What the layer of a record gave: of a stack, the part of its expert."""
   for weight, y in seen:
     for i, w_KN in enumerate(weight if weight.ndim == 3 else [weight]):
-      if np.array_equal(w_KN, record.latent_KN):
+      if np.array_equal(w_KN, record.quantized_KN):
         y = y[..., i, :] if weight.ndim == 3 else y
         return y.reshape(-1, y.shape[-1])
   raise AssertionError(f'No product with the weight of {record.path}.')
@@ -86,7 +86,9 @@ def test_there_is_a_record_of_every_quantized_matrix(method):
     np.testing.assert_array_equal(records[path].latent_KN, w_KN)
     spec = model.rules.find(path.rstrip('0123456789').rstrip('/'))
     np.testing.assert_allclose(
-      records[path].quantized_KN, spec.quantize(w_KN).dequantize(), rtol=1e-6
+      records[path].quantized_KN,
+      spec.quantize({'kernel': w_KN}).dequantize(),
+      rtol=1e-6,
     )
 
 

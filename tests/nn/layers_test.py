@@ -70,7 +70,7 @@ def expected_output(x, w, spec):
   if spec.activation != 'none':
     x = spec.quantize_input(x).dequantize()
   if spec.weight != 'none':
-    w = spec.quantize(w).dequantize()
+    w = spec.quantize({'kernel': w}).dequantize()
   return np.float64(x) @ np.float64(w)
 
 

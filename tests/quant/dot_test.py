@@ -56,7 +56,17 @@ def normal(*shape, seed=0):
 
 
 def apply(x, w, spec, method):
-  return dot.quantized_dot(dot.make_input(x, spec), w, spec, method)
+  return dot.quantized_dot(
+    dot.make_input(x, spec), make_weight(w, spec), method
+  )
+
+
+def make_weight(w, spec):
+  return dot.make_weight({'kernel': jnp.asarray(w)}, spec)
+
+
+def quantize(spec, w):
+  return spec.quantize({'kernel': jnp.asarray(w)})
 
 
 def value_and_gradients(x, w, dy, spec, method):
@@ -80,7 +90,7 @@ def rounded(a, dtype):
 def slow(x_MK, w_KN, dy_MN, spec, dtype):
   """y, dx and dw of one matrix by the formulas, in float64."""
   xc, xs = parts(spec.quantize_input(jnp.asarray(x_MK)), x_MK, dtype)
-  wc, ws = parts(spec.quantize(jnp.asarray(w_KN)), w_KN, dtype)
+  wc, ws = parts(quantize(spec, w_KN), w_KN, dtype)
   y = (xc @ wc) * xs * ws
   dx = rounded(np.float32(dy_MN) * np.float32(ws), dtype) @ wc.T
   dw = xc.T @ rounded(np.float32(dy_MN) * np.float32(xs), dtype)
@@ -123,7 +133,7 @@ def test_gradients_are_autodiff_of_the_textbook_form(spec):
 
   def textbook(x_MK, w_KN):
     return through(x_MK, spec.quantize_input(x_MK)) @ through(
-      w_KN, spec.quantize(w_KN)
+      w_KN, quantize(spec, w_KN)
     )
 
   y, vjp = jax.vjp(textbook, jnp.asarray(x_MK), jnp.asarray(w_KN))
@@ -138,7 +148,7 @@ def test_every_method_gives_the_same_exact_integers(weight):
   spec = rules.Spec(weight, 'int8', 'channel')
   x_MK = np.concatenate([np.ones((1, 4096)), normal(3, 4096)]).astype('f4')
   w_KN = normal(4096, 6, seed=1)
-  x, w = spec.quantize_input(jnp.asarray(x_MK)), spec.quantize(w_KN)
+  x, w = spec.quantize_input(jnp.asarray(x_MK)), quantize(spec, w_KN)
   exact_MN = np.int64(x.codes) @ np.int64(w.codes)
   expected = jnp.float32(exact_MN) * w.scale * x.scale
   for method in METHODS:
@@ -229,7 +239,7 @@ def test_only_codes_and_scales_are_kept(spec, method):
 def test_the_textbook_form_keeps_floats():
   # The measure itself: it has to see what the dot is there to avoid.
   def textbook(x, w):
-    q = BINARY.quantize(w)
+    q = quantize(BINARY, w)
     return x @ (w + lax.stop_gradient(q.dequantize() - w))
 
   vjp = jax.eval_shape(
@@ -261,7 +271,9 @@ def test_readers_of_one_input_add_their_gradients():
     if not shared:
       inputs[1] = dot.make_input(x, BINARY)
     return sum(
-      jnp.sum(jnp.sin(dot.quantized_dot(source, w, BINARY, FLOAT32)))
+      jnp.sum(
+        jnp.sin(dot.quantized_dot(source, make_weight(w, BINARY), FLOAT32))
+      )
       for source, w in zip(inputs, (a_KN, b_KN), strict=True)
     )
 

@@ -97,7 +97,7 @@ def test_rules_refuse_what_they_cannot_use():
 def test_a_spec_quantizes_as_it_says(weight, granularity):
   spec = rules.Spec(weight, 'int8', granularity)
   w_KN = params()['block_0']['attn']['q']['kernel']
-  q = spec.quantize(w_KN)
+  q = spec.quantize({'kernel': w_KN})
   expected = weights.QUANTIZERS[weight](w_KN, granularity)
   np.testing.assert_array_equal(q.codes, expected.codes)
   np.testing.assert_array_equal(q.scale, expected.scale)
@@ -106,7 +106,7 @@ def test_a_spec_quantizes_as_it_says(weight, granularity):
 
 def test_a_spec_without_quantizers_quantizes_nothing():
   spec = rules.Spec(**FULL)
-  assert spec.quantize(jnp.ones((2, 2))) is None
+  assert spec.quantize({'kernel': jnp.ones((2, 2))}) is None
   assert spec.quantize_input(jnp.ones((2, 2))) is None
 
 

@@ -114,7 +114,9 @@ def test_what_is_not_finite_reaches_the_output(name, granularity, bad, int8):
   spec = rules.Spec(name, 'int8', granularity)
   x = dot.make_input(jnp.asarray(normal(5, 6, seed=1)), spec)
   y_MN = dot.quantized_dot(
-    x, jnp.asarray(w_KN), spec, dot.Method(int8, 'bfloat16')
+    x,
+    dot.make_weight({'kernel': jnp.asarray(w_KN)}, spec),
+    dot.Method(int8, 'bfloat16'),
   )
   reached = slice(None) if granularity == 'tensor' else slice(1, 2)
   assert not np.isfinite(y_MN[:, reached]).any()
