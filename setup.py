@@ -33,6 +33,7 @@ EXTRAS = {
   'gpu': ['jax[cuda13]'],
   'tpu': ['jax[tpu]'],
   'hf': ['datasets>=4.0', 'huggingface-hub>=1.0', 'safetensors>=0.6'],
+  'compare': ['torch>=2.9', 'transformers>=5.0'],  # Tests against others.
   'test': [
     'hypothesis>=6.100',
     'ml_dtypes>=0.5',

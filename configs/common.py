@@ -63,23 +63,48 @@ def base(size: str) -> ConfigDict:
   # The fields of the decoupled layer; a 'gated' layer has none of them.
   model.branch_width = shape['branch']  # r: hidden width of a narrow branch.
   model.branch_multiple = 128 if paper else 1  # r must be a multiple of this.
-  model.n_experts = 1  # N narrow branches; more than 1 adds a top-1 router.
+  model.n_experts = 1  # N narrow branches; more than 1 adds a router.
+  model.experts_per_token = 1  # k: branches that a token meets; 1 or 2.
+  # Alpha and beta, learnable scalars; without them both are 1 and fixed.
+  model.feature_scaling = True
   model.alpha_init = 2.0  # Learnable scale of the narrow branch (section 3.2).
   model.beta_init = 0.2  # Learnable scale of the wide branch (section 3.2).
   model.gate_probability = True  # Multiply the routed output by its p.
   model.router_init_std = 0.02  # Normal.
+  model.router_jitter = 0.0  # The router's input in training: times 1 +- this.
+  # An expert takes at most so many times its even share of a device's tokens;
+  # the rest get nothing from it. 0: it takes all that choose it.
+  model.capacity_factor = 0.0
   model.balance_coef = 0.0  # Of a Switch-style load-balancing loss; 0: none.
   # How it is computed; none of these changes the function beyond rounding.
   model.dtype = 'bfloat16' if paper else 'float32'  # Stream, elementwise.
   model.dot_dtype = 'bfloat16'  # Of matrix products' inputs that stay float.
   model.quantized_dot = 'auto'  # 'int8', 'float', or whichever is faster here.
+  # Of the experts: 'grouped' computes those that are chosen, 'dense' (the slow
+  # reference) all of them; 'auto' is 'grouped'.
+  model.expert_form = 'auto'
+  model.expert_tile = 128  # Rows that 'grouped' multiplies by one matrix.
   model.attention = 'auto'  # 'blocked', 'xla', 'cudnn', or what fits here.
-  model.remat = 'block' if paper else 'none'  # Recompute: 'none' or 'block'.
+  # What a block keeps of its forward pass until the backward pass. 'none': all
+  # that is read again. 'dots': its input, attention's output, what products of
+  # floats return, the int8 inputs of quantized products; element-wise work and
+  # products of int8 codes are done again. 'block': its input alone.
+  model.remat = 'block' if paper else 'none'
+  # One block is compiled and a loop runs it over all layers, whose parameters
+  # are stacked; rules may then not tell layers apart.
+  model.scan_layers = paper
   model.loss_chunk = 64  # Positions of a sequence whose logits live at once.
 
   quant = config.quant = ConfigDict()
   quant.rules = (('.*', 'full'),)  # (regex of a linear's path, spec); first.
   quant.specs = ConfigDict({'full': full_precision()})
+  # Training may begin in full precision, or with a growing share of
+  # quantization: lambda * quantized + (1 - lambda) * float, of weights and of
+  # inputs alike. Evaluation and generation are always fully quantized.
+  anneal = quant.anneal = ConfigDict()
+  anneal.shape = 'none'  # Of lambda: 'none' (always 1), 'linear', 'cosine'.
+  anneal.start_step = 0  # Until here lambda is 0.
+  anneal.steps = 0  # Steps in which it rises to 1; 0: it jumps.
 
   optim = config.optim = ConfigDict()
   optim.peak_lr = 1e-3  # At the end of the warm-up.
@@ -95,6 +120,9 @@ def base(size: str) -> ConfigDict:
   optim.b1 = 0.9  # Decay of the first moment.
   optim.b2 = 0.95  # Decay of the second moment.
   optim.eps = 1e-8  # Added to the root of the second moment.
+  # What quantizers learn beside the kernels (LSQ, ParetoQ, OneBit): undecayed.
+  optim.scales = r'.*/(learned_scale|gain_in|gain_out)'  # Regex.
+  optim.scale_lr_ratio = 1.0  # Their learning rate, of the others'.
   optim.clip_norm = 1.0  # Global gradient norm; 0: no clipping.
   optim.accumulate = 1  # Micro-batches summed into one optimizer step.
 
@@ -150,18 +178,43 @@ def full_precision() -> ConfigDict:
 
 
 def spec(
-  weight: str, activation: str, granularity: str = 'tensor'
+  weight: str,
+  activation: str,
+  granularity: str = 'tensor',
+  *,
+  activation_granularity: str = 'token',
+  group_size: int = 64,
+  kept_share: float = 0.08,
+  output_norm: bool = False,
 ) -> ConfigDict:
   """How one kind of linear layer is quantized.
 
   Args:
-    weight: alphabet of the weight codes: 'none', 'binary', 'ternary', 'int8'.
-    activation: alphabet of the input codes: 'none', or 'int8' (per token).
-    granularity: weights that share a scale: 'tensor', or 'channel' (output).
+    weight: format of the weights. 'none' (16 bits); 'binary'; 'ternary';
+      'int2', 'int3', 'int4', 'int8', and with a zero point 'int2_asym', ...;
+      'fp8' (e4m3); 'binary_mix' (binary, apart from the largest weights);
+      with learned scales 'lsq3', 'lsq4', 'paretoq1', 'paretoq_ternary',
+      'paretoq2', 'onebit' (granularity 'channel').
+    activation: format of the inputs: 'none', 'int8', 'int4'.
+    granularity: weights that share a scale: 'tensor', 'channel' (output), or
+      'group' (of an output's inputs).
+    activation_granularity: inputs that share a scale: 'tensor' (the whole
+      batch), 'token' or 'group' (of a token's inputs).
+    group_size: inputs in a group; must divide a layer's inputs.
+    kept_share: share of the weights that 'binary_mix' keeps in 16 bits.
+    output_norm: a LayerNorm without parameters after the product, as OneBit's.
 
   Returns:
     The ConfigDict; `qat.quant.rules.Spec` has the same fields.
   """
   return ConfigDict(
-    dict(weight=weight, activation=activation, granularity=granularity)
+    dict(
+      weight=weight,
+      activation=activation,
+      granularity=granularity,
+      activation_granularity=activation_granularity,
+      group_size=group_size,
+      kept_share=kept_share,
+      output_norm=output_norm,
+    )
   )

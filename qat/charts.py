@@ -184,18 +184,42 @@ def health(series: plots.Series) -> list[plots.Chart]:
       )
     )
   charts += _branches(series)
-  entropy = plots.table(series, 'health/router_entropy/')
-  if entropy:
-    charts.append(
-      plots.Chart(
-        'Entropy of the router',
-        'Nats per token, from the first block (violet) to the last (amber). It '
-        'starts near the logarithm of the number of experts, undecided, and '
-        'should fall slowly; at once means that routing froze.',
-        plots.by_depth(entropy),
-        plots.layout(showlegend=1 < len(entropy.names) <= 8, height=420),
-      )
-    )
+  return charts + _routing(series)
+
+
+# By the start of the key: title and caption.
+_ROUTING = {
+  'health/router_entropy/': (
+    'Entropy of the router',
+    'Nats per token, from the first block (violet) to the last (amber). It '
+    'starts near the logarithm of the number of experts, undecided, and '
+    'should fall slowly; at once means that routing froze.',
+  ),
+  'health/load_entropy/': (
+    'Entropy of the load',
+    'Nats of the shares that the experts of a block get: the logarithm of the '
+    'number of experts where they are even, 0 where one gets everything.',
+  ),
+  'health/idle_experts/': (
+    'Idle experts',
+    'Share of the experts of a block that get less than a tenth of an even '
+    'share. They hardly learn, so few of them come back.',
+  ),
+  'health/dropped/': (
+    'Dropped choices',
+    'Share of the choices that found their expert full, and got nothing.',
+  ),
+}
+
+
+def _routing(series: plots.Series) -> list[plots.Chart]:
+  charts = []
+  for start, (title, caption) in _ROUTING.items():
+    table = plots.table(series, start)
+    if table:
+      layout = plots.layout(showlegend=1 < len(table.names) <= 8, height=420)
+      data = plots.by_depth(table)
+      charts.append(plots.Chart(title, caption, data, layout))
   return charts
 
 

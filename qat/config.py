@@ -11,9 +11,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from qat import optim
 from qat import sharding
 from qat.nn import attention
 from qat.nn import ffn
+from qat.nn import remat
+from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import dot
 from qat.quant import rules as rules_lib
@@ -23,7 +26,8 @@ from qat.quant import rules as rules_lib
 # made longer or shorter; the schedule then follows the new length.
 SAFE = re.compile(
   r'name|train\..*|eval\..*|checkpoint\..*|sensitivity\..*|sample\..*'
-  r'|mesh\..*|model\.remat|data\.(workers|threads|timeout_s|cache_dir)'
+  r'|mesh\..*|model\.(remat|expert_form|expert_tile)'
+  r'|data\.(workers|threads|timeout_s|cache_dir)'
 )
 
 
@@ -31,13 +35,20 @@ class ConfigError(ValueError):
   """A config that cannot be run; the message names field, value and remedy."""
 
 
-def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
+def check(
+  config: ConfigDict,
+  *,
+  devices: int,
+  processes: int = 1,
+  platform: str | None = None,
+) -> None:
   """Refuses an impossible config before anything is compiled.
 
   Args:
     config: a run's config.
     devices: how many devices the run has.
     processes: how many hosts.
+    platform: of the devices: 'cpu', 'gpu' or 'tpu'; None: what jax runs on.
 
   Raises:
     ConfigError: naming every field that is wrong, its value and the remedy.
@@ -46,12 +57,13 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
   errors += _batch_errors(config, devices, processes)
   for attempt in (
     lambda: sharding.mesh_shape(config.mesh, devices),
+    lambda: optim.check_quantization(config.quant.anneal, config.train.steps),
     lambda: dot.choose_method(
       config.model.quantized_dot, config.model.dot_dtype, 'cpu'
     ),
     lambda: attention.choose_form(
       config.model.attention,
-      jax.default_backend(),
+      platform or jax.default_backend(),
       devices,
       config.model.dot_dtype,
     ),
@@ -68,12 +80,13 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
 def _regex_errors(config: ConfigDict, devices: int) -> list[str]:
   """Of rules and patterns; with `devices`, also against the model's layers."""
   errors = []
-  try:
-    re.compile(config.optim.no_decay)
-  except re.error as error:
-    errors.append(
-      f'optim.no_decay={config.optim.no_decay!r} is no regex: {error}.'
-    )
+  for field in ('no_decay', 'scales'):
+    try:
+      re.compile(config.optim[field])
+    except re.error as error:
+      errors.append(
+        f'optim.{field}={config.optim[field]!r} is no regex: {error}.'
+      )
   try:
     rules_lib.make_rules(config.quant.rules, config.quant.specs)
     if devices:
@@ -82,7 +95,10 @@ def _regex_errors(config: ConfigDict, devices: int) -> list[str]:
       with jax.sharding.use_abstract_mesh(mesh):
         model = transformer.build(config, 'cpu', devices)
         params = transformer.abstract_params(model)
+      params = stacked.unstacked(params)
       model.rules.check(rules_lib.kernels(params))
+      if config.model.scan_layers:
+        errors += stacked.errors(config, model.rules, params)
   except (ValueError, TypeError) as error:
     errors.append(f'quant: {error}')
   return errors
@@ -113,7 +129,8 @@ def _model_errors(config: ConfigDict) -> list[str]:
     'ffn': ('gated', 'decoupled'),
     'activation': tuple(ffn.ACTIVATIONS),
     'dtype': ('float32', 'bfloat16'),
-    'remat': ('none', 'block'),
+    'expert_form': ('auto', 'grouped', 'dense'),
+    'remat': ('none', *remat.POLICIES),
   }
   for field, allowed in choices.items():
     if m[field] not in allowed:
@@ -133,6 +150,11 @@ def _model_errors(config: ConfigDict) -> list[str]:
       )
     if m.n_experts < 1:
       errors.append(f'model.n_experts={m.n_experts}; at least 1.')
+    if not 1 <= m.experts_per_token <= max(1, min(2, m.n_experts)):
+      errors.append(
+        f'model.experts_per_token={m.experts_per_token} of model.n_experts='
+        f'{m.n_experts}; 1, or 2 where there are as many.'
+      )
   elif m.n_experts != 1:
     errors.append(
       f"model.n_experts={m.n_experts} needs model.ffn='decoupled'; a gated"
@@ -143,22 +165,27 @@ def _model_errors(config: ConfigDict) -> list[str]:
 
 _POSITIVE = """model.vocab_size model.d_model model.n_layers model.n_heads
   model.d_ff model.branch_multiple model.norm_eps model.rope_theta
-  model.init_std model.loss_chunk optim.peak_lr optim.eps optim.accumulate
-  data.seq_len data.batch_size data.threads data.timeout_s train.steps
-  train.log_every train.health_every train.timeout_s eval.batch_size
-  eval.every checkpoint.every checkpoint.keep_last checkpoint.timeout_s
-  sensitivity.sequences sensitivity.damping""".split()
+  model.init_std model.loss_chunk model.expert_tile optim.peak_lr optim.eps
+  optim.accumulate data.seq_len data.batch_size data.threads data.timeout_s
+  train.steps train.log_every train.health_every train.timeout_s
+  eval.batch_size eval.every checkpoint.every checkpoint.keep_last
+  checkpoint.timeout_s sensitivity.sequences sensitivity.damping""".split()
 _NOT_NEGATIVE = """seed optim.warmup_steps optim.final_lr_ratio
   optim.weight_decay optim.second_weight_decay optim.second_peak_ratio
-  optim.clip_norm data.workers eval.batches checkpoint.keep_every
+  optim.clip_norm optim.scale_lr_ratio quant.anneal.start_step
+  quant.anneal.steps data.workers eval.batches checkpoint.keep_every
   sensitivity.every sample.tokens sample.temperature sample.top_k
-  model.balance_coef model.router_init_std""".split()
+  model.balance_coef model.router_init_std model.capacity_factor""".split()
 _FINITE = ['model.alpha_init', 'model.beta_init']
-_SHARES = ['optim.decay_fraction', 'optim.switch_fraction']
+_SHARES = """optim.decay_fraction optim.switch_fraction
+  model.router_jitter""".split()
+# Fields that the first configs did not have, apart from these numbers.
+_LATER = """model.scan_layers model.expert_form model.feature_scaling
+  model.experts_per_token optim.scales quant.anneal.shape""".split()
 
 
 def _number_errors(config: ConfigDict) -> list[str]:
-  errors = []
+  errors, values = [], _flatten(config.to_dict())
   for fields, test, meaning in (
     (_POSITIVE, lambda x: x > 0, 'greater than 0'),
     (_NOT_NEGATIVE, lambda x: x >= 0, 'not negative'),
@@ -168,9 +195,7 @@ def _number_errors(config: ConfigDict) -> list[str]:
     (['sample.top_p'], lambda x: 0 < x <= 1, 'above 0, at most 1'),
   ):
     for field in fields:
-      value = config[field.split('.')[0]]
-      for part in field.split('.')[1:]:
-        value = value[part]
+      value = values[field]
       # A comparison with NaN is false, so NaN is refused too.
       if not test(value) or value == float('inf'):
         errors.append(f'{field}={value} must be {meaning}.')
@@ -250,7 +275,7 @@ def load(workdir: pathlib.Path) -> ConfigDict:
 
   Raises:
     FileNotFoundError: where there is no run.
-    ConfigError: its config.json cannot be read.
+    ConfigError: its config.json cannot be read, or lacks fields.
   """
   path = workdir / 'config.json'
   if not path.is_file():
@@ -259,12 +284,19 @@ def load(workdir: pathlib.Path) -> ConfigDict:
       ' qat.main wrote with --workdir.'
     )
   try:
-    return from_json(path.read_text('utf-8'))
+    config = from_json(path.read_text('utf-8'))
   except (ValueError, KeyError, TypeError) as error:
     raise ConfigError(
       f'{path} is damaged ({type(error).__name__}: {error}); put back the'
       ' config that the run was started with, or give another --workdir.'
     ) from error
+  known = {*_POSITIVE, *_NOT_NEGATIVE, *_FINITE, *_SHARES, *_LATER}
+  if missing := sorted(known - {*_flatten(config.to_dict())}):
+    raise ConfigError(
+      f'{path} lacks {", ".join(missing)}: an earlier version wrote it. Use'
+      ' that version, or add them with the values of configs/common.py.'
+    )
+  return config
 
 
 def _plain(value: Any) -> Any:

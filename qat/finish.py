@@ -21,7 +21,8 @@ from qat.data import dataset as dataset_lib
 from qat.data import loader as loader_lib
 from qat.infer import generate
 from qat.nn import capture
-from qat.quant import qtensor
+from qat.nn import stacked
+from qat.nn import transformer
 from qat.quant import rules as rules_lib
 
 SAMPLES = 'samples.jsonl'
@@ -31,13 +32,13 @@ SUMMARY = 'summary.json'
 def bits_per_weight(params: Any, rules: rules_lib.Rules) -> float:
   """Mean bits of the linear layers' weights; 16 for what is not quantized.
 
-  Scales are not counted: one a matrix, they add less than 0.001 bits at any
-  size of a paper.
+  The bits of the weights alone, as papers count them: see `rules.Spec.bits`. A
+  scale for each of a paper's matrices adds less than 0.001 bits; 16-bit scales
+  of groups of 64 would add 0.25.
   """
   bits = weights = 0
-  for path, kernel in rules_lib.kernels(params).items():
-    alphabet = rules.find(path).weight
-    bits += kernel.size * (16 if alphabet == 'none' else qtensor.BITS[alphabet])
+  for path, kernel in rules_lib.kernels(stacked.unstacked(params)).items():
+    bits += kernel.size * rules.find(path).bits
     weights += kernel.size
   return bits / weights
 
@@ -112,11 +113,12 @@ def _samples(
 ) -> list[dict[str, Any]]:
   """A continuation of each of the config's prompts."""
   c = program.config.sample
+  model, params = transformer.unscanned(program.model, params)
   samples = []
   for prompt in c.prompts:
     ids = dataset.tokenizer.encode(prompt, add_special_tokens=False).ids
     new = generate.generate(
-      program.model,
+      model,
       params,
       [dataset.eot_id, *ids],
       tokens=c.tokens,

@@ -7,6 +7,7 @@ from jax import numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from qat.nn import stacked
 from qat.quant import rules as rules_lib
 
 
@@ -14,16 +15,17 @@ def train_flops_per_token(config: ConfigDict, params: dict) -> float:
   """Multiplications and additions of a training step, for one token.
 
   6 for each weight that takes part in a product (2 forward, 4 backward), and
-  12 * L * d_model * T / 2 for causal attention. An expert layer counts one
-  expert. Recomputation and quantization do not count.
+  12 * L * d_model * T / 2 for causal attention. An expert layer counts the
+  experts that a token meets. Recomputation and quantization do not count.
 
   Args:
     config: a run's config.
     params: the (abstract) parameter tree.
   """
   weights = config.model.vocab_size * config.model.d_model  # The head.
-  for kernel in rules_lib.kernels(params).values():
-    weights += int(np.prod(kernel.shape[-2:]))
+  for kernel in rules_lib.kernels(stacked.unstacked(params)).values():
+    met = config.model.experts_per_token if kernel.ndim == 3 else 1
+    weights += met * int(np.prod(kernel.shape[-2:]))
   attention = (
     6 * config.model.n_layers * config.model.d_model * config.data.seq_len
   )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from qat.nn import stacked
 from qat.quant import rules as rules_lib
 
 Codes = dict[str, jax.Array]
@@ -17,6 +18,7 @@ Codes = dict[str, jax.Array]
 @functools.partial(jax.jit, static_argnums=1)
 def codes(params: Any, rules: rules_lib.Rules) -> Codes:
   """The weight codes of every quantized layer: layer path -> int8."""
+  params = stacked.unstacked(params)
   quantized = rules_lib.quantize_kernels(params, rules)
   return {path: q.codes for path, q in quantized.items()}
 
@@ -24,6 +26,7 @@ def codes(params: Any, rules: rules_lib.Rules) -> Codes:
 @functools.partial(jax.jit, static_argnums=2)
 def _measure(params: Any, before: Codes, rules: rules_lib.Rules):
   values = {}
+  params = stacked.unstacked(params)
   for path, q in rules_lib.quantize_kernels(params, rules).items():
     flips = jnp.mean(q.codes != before[path], dtype=jnp.float32)
     values[f'health/flips/{path}'] = flips
@@ -59,17 +62,29 @@ def routers(sown: Any) -> dict[str, jax.Array]:
   """What the routers of a step sowed, by log key.
 
   Returns:
-    health/expert_load/<block>/<expert>: share of tokens;
-    health/router_entropy/<block>: nats, of a mean token.
+    health/expert_load/<block>/<expert>: share of the tokens' choices;
+    health/load_entropy/<block>: nats, of these shares; the logarithm of the
+    number of experts where they are even, 0 where one gets everything;
+    health/idle_experts/<block>: share of the experts that get less than a tenth
+    of an even share; health/router_entropy/<block>: nats, of a mean token;
+    health/dropped/<block>: share of the choices beyond the capacity, if there
+    is one.
   """
+  sown = stacked.unstacked(sown)
   values = {}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(sown):
     block, kind = keys[0].key, keys[-2].key
     if kind == 'entropy':
       values[f'health/router_entropy/{block}'] = leaf
+    elif kind == 'dropped':
+      values[f'health/dropped/{block}'] = leaf
     elif kind == 'load':
       for i, share in enumerate(leaf):
         values[f'health/expert_load/{block}/{i}'] = share
+      entropy = -jnp.sum(jax.scipy.special.xlogy(leaf, leaf))
+      values[f'health/load_entropy/{block}'] = entropy
+      idle = jnp.mean(leaf * len(leaf) < 0.1, dtype=jnp.float32)
+      values[f'health/idle_experts/{block}'] = idle
   return values
 
 

@@ -8,6 +8,8 @@ from jax import numpy as jnp
 from ml_collections import ConfigDict
 import optax
 
+from qat.nn import stacked
+
 Schedule = Callable[[jax.Array], jax.Array]
 
 
@@ -70,6 +72,53 @@ def weight_decay(config: ConfigDict, steps: int) -> Schedule:
   return decay
 
 
+def quantization(config: ConfigDict) -> Schedule | None:
+  """Lambda, the share of quantization of a step, from `quant.anneal`.
+
+  With t the step, 0 until `start_step`, then over `steps`, with p from 0 to 1:
+
+    linear  p
+    cosine  (1 - cos(pi p)) / 2
+
+  Args:
+    config: the `quant.anneal` section.
+
+  Returns:
+    The schedule, or None for shape='none': quantized from the first step on.
+  """
+  if config.shape == 'none':
+    return None
+
+  def share(step: jax.Array) -> jax.Array:
+    since = jnp.asarray(step, jnp.float32) - config.start_step
+    if not config.steps:
+      return jnp.where(since < 0, 0.0, 1.0)
+    p = jnp.clip(since / config.steps, 0, 1)
+    return p if config.shape == 'linear' else 0.5 * (1 - jnp.cos(jnp.pi * p))
+
+  return share
+
+
+def check_quantization(config: ConfigDict, steps: int) -> None:
+  """Raises a ValueError for a section that `quantization` has no schedule of.
+
+  Args:
+    config: the `quant.anneal` section.
+    steps: optimizer steps of the whole run.
+  """
+  shapes = ('none', 'linear', 'cosine')
+  if config.shape not in shapes:
+    raise ValueError(
+      f'quant.anneal.shape={config.shape!r}; choose one of {", ".join(shapes)}.'
+    )
+  if config.shape != 'none' and config.start_step + config.steps >= steps:
+    raise ValueError(
+      f'quant.anneal.start_step={config.start_step} and quant.anneal.steps='
+      f'{config.steps} leave none of train.steps={steps} to train fully'
+      ' quantized, which is how the model is evaluated.'
+    )
+
+
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
   """Clipping, Adam, decoupled decay, learning rate: one optax chain.
 
@@ -81,12 +130,19 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     steps: optimizer steps of the whole run.
   """
 
-  def decayed(params):
+  def covered(pattern, params):
     def one(keys, _):
-      path = '/'.join(key.key for key in keys)
-      return not re.fullmatch(config.no_decay, path)
+      path = stacked.one_layer('/'.join(key.key for key in keys))
+      return bool(re.fullmatch(pattern, path))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+  def scales(params):
+    return covered(config.scales, params)
+
+  def decayed(params):
+    kept = covered(f'{config.no_decay}|{config.scales}', params)
+    return jax.tree.map(lambda keep: not keep, kept)
 
   def adamw(learning_rate, weight_decay):
     clip = (
@@ -99,6 +155,7 @@ def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
       optax.scale_by_adam(config.b1, config.b2, config.eps),
       optax.add_decayed_weights(weight_decay, decayed),
       optax.scale_by_learning_rate(learning_rate),
+      optax.masked(optax.scale(config.scale_lr_ratio), scales),
     )
 
   return optax.inject_hyperparams(adamw)(

@@ -100,7 +100,7 @@ def page(run: history.Run) -> str:
     content.append('</div>' if drawn else '')
     content.append(more)
   name = str(_setting(run.config, 'name') or 'A run')
-  return _fill(
+  return fill(
     name,
     f'<header>{_header(run, name, numbers)}<nav>{"".join(links)}</nav></header>'
     f'<main>{"".join(content)}</main>'
@@ -122,7 +122,8 @@ def main(arguments: Sequence[str]) -> int:
   return 0
 
 
-def _fill(name: str, body: str, figures: Mapping[str, Any]) -> str:
+def fill(name: str, body: str, figures: Mapping[str, Any]) -> str:
+  """A whole page: the template with a title, a body and plotly's figures."""
   template = Path(__file__).with_name('report.html').read_text('utf-8')
   plotly = offline.get_plotlyjs().replace('\r\n', '\n')
   draw = re.search(r'<script>(.*?)</script>', template, re.DOTALL)[1]

@@ -61,7 +61,8 @@ class Stats:
   map_NK: np.ndarray
 
 
-Analysis = dict[str, dict[str, Stats]]  # path -> 'latent', 'quantized' -> ...
+# path -> 'latent', 'quantized' if the layer is, 'binarized' if asked for -> ...
+Analysis = dict[str, dict[str, Stats]]
 
 
 @jax.jit
@@ -166,7 +167,10 @@ def _stats(s_KN: jax.Array) -> dict[str, jax.Array]:
 
 
 def analyse(
-  records: Iterable[capture.LinearRecord], damping: float
+  records: Iterable[capture.LinearRecord],
+  damping: float,
+  *,
+  binarized: bool = False,
 ) -> Analysis:
   """The sensitivity of every layer, of its latent and its quantized weights.
 
@@ -177,35 +181,41 @@ def analyse(
     records: one of each layer; read one at a time, so that an iterator needs
       the memory of one layer.
     damping: share of the mean diagonal that is added before the inversion.
+    binarized: analyse also the weights that each layer would have if all were
+      of one size: how unequal the inputs alone make them.
 
   Returns:
-    path -> 'latent' and 'quantized' -> Stats.
+    path -> kind of weights -> Stats; a layer that is not quantized has no
+    'quantized'.
 
   Raises:
     ValueError: values that are not finite, or inputs that need more damping.
   """
   analysis = {}
   for record in records:
-    for name in ('x_MK', 'latent_KN', 'quantized_KN'):
-      if not jnp.all(jnp.isfinite(getattr(record, name))):
+    weights = {'latent': record.latent_KN}
+    if record.quantized_KN is not None:
+      weights['quantized'] = record.quantized_KN
+    read = {f'{kind}_KN': w_KN for kind, w_KN in weights.items()}
+    for name, values in {'x_MK': record.x_MK, **read}.items():
+      if not jnp.all(jnp.isfinite(values)):
         raise ValueError(
           f'{record.path!r}: {name} has values that are not finite.'
         )
+    if binarized:  # Whatever the signs: scores have squares of weights.
+      weights['binarized'] = jnp.ones_like(record.latent_KN)
     if jnp.any(record.x_MK):
       inverse_K = inverse_diagonal(record.x_MK, damping)
       if not jnp.all(jnp.isfinite(inverse_K)):
         raise ValueError(
           f'The inputs of {record.path!r} depend on each other too closely for '
-          f'damping {damping}; raise config.sensitivity.damping.'
+          f'damping {damping}; raise config.sensitivity.damping, or --damping.'
         )
     else:
       inverse_K = jnp.full(record.x_MK.shape[1], jnp.inf)
     analysis[record.path] = {
       kind: _to_host(_stats(scores(w_KN, inverse_K)))
-      for kind, w_KN in (
-        ('latent', record.latent_KN),
-        ('quantized', record.quantized_KN),
-      )
+      for kind, w_KN in weights.items()
     }
   return analysis
 

@@ -43,13 +43,10 @@ def save(workdir: Path, step: int, analysis: sensitivity.Analysis) -> None:
   """
   folder = Path(workdir) / FOLDER
   folder.mkdir(exist_ok=True)
-  numbers = {
+  content = {
     'step': step,
     'edges': sensitivity.EDGES.tolist(),
-    'linears': {
-      path: {kind: _numbers(stats) for kind, stats in kinds.items()}
-      for path, kinds in analysis.items()
-    },
+    'linears': numbers(analysis),
   }
   maps = {
     f'{kind}/{path}': stats.map_NK
@@ -60,7 +57,7 @@ def save(workdir: Path, step: int, analysis: sensitivity.Analysis) -> None:
   with metrics.replacing(folder / f'{step}.npz') as file:
     np.savez_compressed(file, **maps)
   with metrics.replacing(folder / f'{step}.json') as file:
-    file.write(json.dumps(numbers, allow_nan=False).encode())
+    file.write(json.dumps(content, allow_nan=False).encode())
 
 
 def steps(workdir: Path) -> list[int]:
@@ -105,27 +102,36 @@ def load(workdir: Path, step: int) -> sensitivity.Analysis:
     ) from error
 
 
-def _numbers(stats: sensitivity.Stats) -> dict[str, Any]:
+def numbers(
+  analysis: sensitivity.Analysis,
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """All of an analysis but its maps, for JSON: path -> kind -> name -> ...."""
   return {
-    'gini': stats.gini,
-    'top1': stats.top1,
-    'mean': stats.mean,
-    'histogram': stats.histogram.tolist(),
+    path: {
+      kind: {
+        'gini': stats.gini,
+        'top1': stats.top1,
+        'mean': stats.mean,
+        'histogram': stats.histogram.tolist(),
+      }
+      for kind, stats in kinds.items()
+    }
+    for path, kinds in analysis.items()
   }
 
 
 def _from_numbers(
-  numbers: Mapping[str, Any], map_NK: np.ndarray
+  saved: Mapping[str, Any], map_NK: np.ndarray
 ) -> sensitivity.Stats:
-  histogram = np.asarray(numbers['histogram'], np.float32)
+  histogram = np.asarray(saved['histogram'], np.float32)
   if histogram.shape != (len(sensitivity.EDGES) - 1,):
     raise ValueError(f'a histogram of {histogram.shape} bins')
   if map_NK.ndim != 2 or max(map_NK.shape) > sensitivity.MAP_SIDE:
     raise ValueError(f'a map of shape {map_NK.shape}')
   return sensitivity.Stats(
-    gini=float(numbers['gini']),
-    top1=float(numbers['top1']),
-    mean=float(numbers['mean']),
+    gini=float(saved['gini']),
+    top1=float(saved['top1']),
+    mean=float(saved['mean']),
     histogram=histogram,
     map_NK=map_NK,
   )

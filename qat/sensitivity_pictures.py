@@ -7,11 +7,10 @@ scale, so that they can be compared.
 
 import base64
 from collections.abc import Iterable
+from collections.abc import Mapping
 import io
-from pathlib import Path
 import re
 
-from matplotlib import figure as mpl_figure
 from matplotlib import image
 import numpy as np
 
@@ -24,7 +23,7 @@ SYMBOLS = ('circle', 'square', 'diamond-open', 'triangle-up', 'cross')
 
 def charts(analysis: sensitivity.Analysis) -> list[plots.Chart]:
   """Gini coefficients of every layer, and the distributions of a few."""
-  blocks = {_layer(path)[0] for path in analysis} - {None}
+  blocks = {layer(path)[0] for path in analysis} - {None}
   if not blocks:
     return []
   kinds = (
@@ -47,11 +46,7 @@ def charts(analysis: sensitivity.Analysis) -> list[plots.Chart]:
       title,
       caption,
       _gini_lines(analysis, kind),
-      plots.layout(
-        xaxis={'title': {'text': 'block'}, 'dtick': 1 + max(blocks) // 10},
-        yaxis={'rangemode': 'tozero'},
-        height=340,
-      ),
+      depth_layout(max(blocks)),
     )
     for kind, title, caption in kinds
   ]
@@ -63,21 +58,21 @@ def charts(analysis: sensitivity.Analysis) -> list[plots.Chart]:
       'that all weights matter alike; a wide one with a tail to the right, '
       'that few carry the layer. Weights of 0 stand at the left end.',
       _distributions(analysis, max(blocks)),
-      plots.layout(
-        xaxis={
-          'title': {'text': 'sensitivity / mean'},
-          'type': 'log',
-          'exponentformat': 'power',
-          'dtick': 1,
-        },
-        yaxis={'rangemode': 'tozero', 'tickformat': '.0%'},
-        height=340,
-      ),
+      distribution_layout(),
     )
   ]
 
 
-def _layer(path: str) -> tuple[int | None, str, str]:
+def depth_layout(last_block: int) -> dict:
+  """The layout of a chart of Gini coefficients over the blocks."""
+  return plots.layout(
+    xaxis={'title': {'text': 'block'}, 'dtick': 1 + last_block // 10},
+    yaxis={'rangemode': 'tozero'},
+    height=340,
+  )
+
+
+def layer(path: str) -> tuple[int | None, str, str]:
   """A path's block, its branch and its name; experts share a name.
 
   'block_1/ffn/narrow/up/3' -> (1, 'ffn/narrow', 'ffn/narrow/up').
@@ -92,7 +87,7 @@ def _gini_lines(analysis: sensitivity.Analysis, kind: str) -> list[dict]:
   groups: dict[str, dict[int, list[float]]] = {}
   branches: dict[str, list[str]] = {}
   for path, kinds in analysis.items():
-    block, branch, name = _layer(path)
+    block, branch, name = layer(path)
     if block is None:
       continue
     if name not in groups:
@@ -120,14 +115,12 @@ def _distributions(analysis: sensitivity.Analysis, block: int) -> list[dict]:
   """The histograms of a block: of each branch, those of its last layer."""
   chosen = {}
   for path in analysis:
-    of, branch, name = _layer(path)
+    of, branch, name = layer(path)
     if of == block and _speaks_for_all(path):
       chosen[branch] = name, analysis[path]
-  middles = 10 ** ((sensitivity.EDGES[1:] + sensitivity.EDGES[:-1]) / 2)
   return [
-    plots.line(
+    distribution(
       f'{name}, {kind}',
-      middles,
       kinds[kind].histogram,
       color=plots.PALETTE[i % len(plots.PALETTE)],
       dash=dash,
@@ -137,6 +130,28 @@ def _distributions(analysis: sensitivity.Analysis, block: int) -> list[dict]:
   ]
 
 
+def distribution(
+  name: str, histogram: np.ndarray, *, color: str, dash: str
+) -> dict:
+  """A line of a chart of `distribution_layout`."""
+  middles = 10 ** ((sensitivity.EDGES[1:] + sensitivity.EDGES[:-1]) / 2)
+  return plots.line(name, middles, histogram, color=color, dash=dash)
+
+
+def distribution_layout() -> dict:
+  """Shares of the weights over the sensitivity relative to the mean."""
+  return plots.layout(
+    xaxis={
+      'title': {'text': 'sensitivity / mean'},
+      'type': 'log',
+      'exponentformat': 'power',
+      'dtick': 1,
+    },
+    yaxis={'rangemode': 'tozero', 'tickformat': '.0%'},
+    height=340,
+  )
+
+
 def _speaks_for_all(path: str) -> bool:
   """Whether a layer is no expert, or the first one."""
   return not re.search(r'/[1-9]\d*$', path)
@@ -144,55 +159,65 @@ def _speaks_for_all(path: str) -> bool:
 
 def maps(analysis: sensitivity.Analysis) -> str:
   """HTML: maps of the first, the middle and the last block's layers."""
-  blocks = sorted({_layer(path)[0] for path in analysis} - {None})
+  blocks = sorted({layer(path)[0] for path in analysis} - {None})
   chosen = {blocks[i] for i in (0, len(blocks) // 2, -1)} if blocks else set()
   paths = [
     path
     for path in analysis
-    if _layer(path)[0] in chosen and _speaks_for_all(path)
+    if layer(path)[0] in chosen and _speaks_for_all(path)
   ]
   if not paths:
     return ''
   low, high = color_range(
     [analysis[path][kind] for path in paths for kind in sensitivity.KINDS]
   )
-  ramp = _picture(np.linspace(low, high, 96)[None], low, high)
-  ends = [
-    display.count(10**end) if end >= 0 else f'{10**end:.2g}'
-    for end in (low, high)
-  ]
   parts = [
     '<h3 class="maps">Maps</h3><p class="intro caption">Sensitivity of single '
     'weights, relative to the mean of their layer: outputs from top to bottom, '
     'inputs from left to right, the largest of each window. Points and lines '
-    'stand out where few weights matter.</p>'
-    f'<p class="scale"><span>× {ends[0]}</span><img alt="colour scale" '
-    f'src="{ramp}"><span>× {ends[1]}</span></p>'
+    f'stand out where few weights matter.</p>{color_scale(low, high)}'
   ]
   for block in sorted(chosen, reverse=True):
-    cards = []
-    for path in paths:
-      number, name = plots.split(path)
-      if number != block:
-        continue
-      pair = ''
-      for kind in sensitivity.KINDS:
-        stats = analysis[path][kind]
-        pair += (
-          f'<figure><img alt="map of the {kind} weights" '
-          f'src="{_picture(stats.map_NK, low, high)}"><figcaption>{kind}<br>'
-          f'Gini {stats.gini:.2f}<br>top 1 % holds {100 * stats.top1:.0f} %'
-          '</figcaption></figure>'
-        )
-      cards.append(
-        f'<section class="card third"><h3>{display.as_html(name)}</h3>'
-        f'<div class="pair">{pair}</div></section>'
-      )
+    cards = [
+      map_card(plots.split(path)[1], analysis[path], low, high)
+      for path in paths
+      if plots.split(path)[0] == block
+    ]
     parts.append(
       f'<details{" open" if block == max(chosen) else ""}><summary>Block '
       f'{block}</summary><div class="grid">{"".join(cards)}</div></details>'
     )
   return ''.join(parts)
+
+
+def map_card(
+  title: str, kinds: Mapping[str, sensitivity.Stats], low: float, high: float
+) -> str:
+  """HTML: the maps of a layer side by side, latent and quantized."""
+  pair = ''.join(
+    f'<figure><img alt="map of the {kind} weights" '
+    f'src="{_picture(stats.map_NK, low, high)}"><figcaption>{kind}<br>'
+    f'Gini {stats.gini:.2f}<br>top 1 % holds {100 * stats.top1:.0f} %'
+    '</figcaption></figure>'
+    for kind, stats in kinds.items()
+  )
+  return (
+    f'<section class="card third"><h3>{display.as_html(title)}</h3>'
+    f'<div class="pair">{pair}</div></section>'
+  )
+
+
+def color_scale(low: float, high: float) -> str:
+  """HTML: the colours of maps from `low` to `high`, with those two named."""
+  ramp = _picture(np.linspace(low, high, 96)[None], low, high)
+  ends = [
+    display.count(10**end) if end >= 0 else f'{10**end:.2g}'
+    for end in (low, high)
+  ]
+  return (
+    f'<p class="scale"><span>× {ends[0]}</span><img alt="colour scale" '
+    f'src="{ramp}"><span>× {ends[1]}</span></p>'
+  )
 
 
 def _picture(map_NK: np.ndarray, low: float, high: float) -> str:
@@ -203,58 +228,6 @@ def _picture(map_NK: np.ndarray, low: float, high: float) -> str:
   file = io.BytesIO()
   image.imsave(file, levels, vmin=0, vmax=1, cmap='magma', format='png')
   return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
-
-
-def figure(
-  analysis: sensitivity.Analysis, paths: Iterable[str], out_png: Path
-) -> None:
-  """Draws maps into a file: a layer a row, latent left and quantized right.
-
-  Args:
-    analysis: from `sensitivity.analyse` or `sensitivity_files.load`.
-    paths: the layers to draw.
-    out_png: where the picture is written.
-
-  Raises:
-    ValueError: a path that was not analysed, or no path at all.
-  """
-  paths = list(paths)
-  for path in paths:
-    if path not in analysis:
-      raise ValueError(
-        f'No sensitivity of {path!r}; there is that of {sorted(analysis)}.'
-      )
-  if not paths:
-    raise ValueError('No paths to draw.')
-  low, high = color_range(
-    [analysis[p][k] for p in paths for k in sensitivity.KINDS]
-  )
-  picture = mpl_figure.Figure(
-    figsize=(8, 3.2 * len(paths)), dpi=150, layout='constrained'
-  )
-  axes = picture.subplots(len(paths), len(sensitivity.KINDS), squeeze=False)
-  for row, path in zip(axes, paths, strict=True):
-    for axis, kind in zip(row, sensitivity.KINDS, strict=True):
-      stats = analysis[path][kind]
-      drawn = axis.imshow(
-        np.maximum(stats.map_NK.astype(np.float32), low),
-        cmap='magma',
-        vmin=low,
-        vmax=high,
-        aspect='auto',
-        interpolation='nearest',
-      )
-      axis.set(xticks=[], yticks=[])
-      axis.set_xlabel('inputs')
-      axis.set_ylabel('outputs')
-      axis.set_title(
-        f'{path}, {kind}\nGini {stats.gini:.2f}, '
-        f'top 1 % holds {100 * stats.top1:.0f} %',
-        fontsize=9,
-        parse_math=False,
-      )
-  picture.colorbar(drawn, ax=axes, label='log10(sensitivity / mean)')
-  picture.savefig(out_png)
 
 
 def color_range(stats: Iterable[sensitivity.Stats]) -> tuple[float, float]:

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 import numpy as np
 
+from qat.nn import stacked
+
 # Every batch axis is split over all devices of the mesh.
 BATCH = P(('data', 'fsdp'))
 
@@ -26,7 +28,7 @@ RULES: tuple[tuple[str, P], ...] = (
   (r'.*/(q|k|v|gate|up)/kernel', P('fsdp', None)),
   (r'.*/(o|down)/kernel', P(None, 'fsdp')),
   (r'.*/router', P('fsdp', None)),
-  (r'.*(scale|alpha|beta)', P()),
+  (r'.*(scale|alpha|beta|gain_in|gain_out)', P()),
 )
 
 
@@ -65,7 +67,14 @@ def mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
 
 
 def partition_spec(path: str, ndim: int) -> P:
-  """How the parameter at `path` is split; a '?' axis may be missing."""
+  """How the parameter at `path` is split; a '?' axis may be missing.
+
+  The axis of the layers of a scanned model never is: a device would have to
+  fetch whole layers in every turn of the loop.
+  """
+  layer_path = stacked.one_layer(path)
+  if layer_path != path:
+    return P(None, *partition_spec(layer_path, ndim - 1))
   for pattern, spec in RULES:
     if re.fullmatch(pattern, path):
       axes = tuple(spec)

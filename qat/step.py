@@ -17,7 +17,9 @@ from qat import sharding
 from qat.nn import loss as loss_lib
 from qat.nn import transformer
 
-Batch = dict[str, jax.Array]  # tokens, targets: int32 [B, T]; maybe weights.
+# tokens, targets: int32 [B, T]; maybe weights, and rng: key data for each
+# micro-batch, of a step that draws random numbers.
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -28,8 +30,8 @@ class State(NamedTuple):
     step: int32, optimizer steps made.
     params: float32 master weights.
     opt_state: of the optax chain.
-    rng: key data of the run, for steps that draw random numbers; none of the
-      methods here does.
+    rng: key data of the run, for steps that draw random numbers: the noise of
+      a router.
     healthy: bool; False from the first loss or gradient that is not finite,
       and from then on no step changes anything.
   """
@@ -86,10 +88,21 @@ def loss_sum(
   mesh: Mesh,
   params: Any,
   batch: Batch,
+  mix: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-  """Summed cross-entropy of a batch in nats, and what the routers sowed."""
+  """Summed cross-entropy of a batch in nats, and what the routers sowed.
+
+  `mix` is the share of quantization while it is annealed; None: all.
+  """
+  rngs = None
+  if 'rng' in batch:
+    rngs = {'router': jax.random.wrap_key_data(batch['rng'][0])}
   (x_BTD, _), sown = model.apply(
-    {'params': params}, batch['tokens'], mutable=['router']
+    {'params': params},
+    batch['tokens'],
+    mix=mix,
+    rngs=rngs,
+    mutable=['router'],
   )
   head_VD = model.apply({'params': params}, method='output_embedding')
   weights = batch.get('weights')
@@ -130,38 +143,46 @@ def make_train_step(
   """
   optimizer = optim.make(config.optim, config.train.steps)
   micro_batches = config.optim.accumulate
+  quantization = optim.quantization(config.quant.anneal)
 
-  def objective(params, batch):
-    total, routers = loss_sum(model, config, mesh, params, batch)
+  def objective(params, batch, mix):
+    total, routers = loss_sum(model, config, mesh, params, batch, mix)
     loss = total / batch['targets'].size
     balance = sum(
-      value
+      jnp.sum(value)  # Of one layer, or of all that are stacked.
       for keys, value in jax.tree_util.tree_leaves_with_path(routers)
       if keys[-2].key == 'balance'
     )
     return loss + config.model.balance_coef * balance, (loss, routers)
 
-  def gradient(params, batch):
-    (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(params, batch)
+  def gradient(params, batch, mix):
+    (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(
+      params, batch, mix
+    )
     return aux, grads
 
-  def accumulated(params, batch):
+  def accumulated(params, batch, mix):
     if micro_batches == 1:
-      return gradient(params, batch)
+      return gradient(params, batch, mix)
     parts = jax.tree.map(lambda a: _micro_batches(a, micro_batches), batch)
     shapes = jax.eval_shape(
-      gradient, params, jax.tree.map(lambda a: a[0], parts)
+      gradient, params, jax.tree.map(lambda a: a[0], parts), mix
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(total, part):
-      part = gradient(params, part)
+      part = gradient(params, part, mix)
       return jax.tree.map(lambda a, b: a + b / micro_batches, total, part), None
 
     return lax.scan(add, zeros, parts)[0]
 
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-    (loss, routers), grads = accumulated(state.params, batch)
+    mix = quantization(state.step) if quantization else None
+    if config.model.router_jitter:
+      key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+      keys = jax.random.split(key, micro_batches)
+      batch = {**batch, 'rng': jax.random.key_data(keys)}
+    (loss, routers), grads = accumulated(state.params, batch, mix)
     grad_norm = optax.tree.norm(grads)
     healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & state.healthy
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -179,6 +200,8 @@ def make_train_step(
       'healthy': healthy,
       'router': routers,
     }
+    if mix is not None:
+      metrics['train/quantization'] = mix
     return new_state, metrics
 
   return step

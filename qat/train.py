@@ -24,6 +24,7 @@ from qat import step as step_lib
 from qat.data import dataset as dataset_lib
 from qat.data import loader as loader_lib
 from qat.infer import load
+from qat.nn import transformer
 
 
 class NonFiniteError(RuntimeError):
@@ -289,7 +290,7 @@ def _diagnose(
   program: step_lib.Program, params: Any, batch: step_lib.Batch
 ) -> str:
   """Runs a step's forward and backward pass again, and names a culprit."""
-  model = program.model
+  model, params = transformer.unscanned(program.model, params)
 
   def forward(params, batch):
     return model.apply(

@@ -2,6 +2,9 @@
 
   python scripts/bench.py train
   python scripts/bench.py train --methods=plain,bitnet --rounds=12 --json=b.json
+  python scripts/bench.py train --d-model=1024 --layers=4 --d-ff=2400 \
+      --heads=16 --seq-len=512 --batch=8
+  python scripts/bench.py train --size=300m --batch=8   # On an accelerator.
 
 Every round runs one step of each variant in turn, so that a slow moment of the
 machine meets all of them; ratios are taken round by round. `plain` is BitNet in
@@ -37,6 +40,7 @@ from rich import table as rich_table
 
 from configs import bitnet
 from configs import bitnet_b158
+from configs import common
 from configs import fp
 from configs import pquant
 from qat import display
@@ -47,12 +51,14 @@ from qat import step as step_lib
 from qat.nn import reference
 from qat.nn import transformer
 
+# A method's config, and what is changed in it.
 METHODS = {
   'fp': (fp, {}),
+  'int8': (bitnet, {'quant.specs.binary.weight': 'int8'}),
   'bitnet': (bitnet, {}),
   'bitnet_b158': (bitnet_b158, {}),
   'pquant': (pquant, {}),
-  'pquant-8': (pquant, {'n_experts': 8}),
+  'pquant-8': (pquant, {'model.n_experts': 8}),
 }
 PLAIN = 'plain'
 
@@ -67,19 +73,21 @@ class Variant(NamedTuple):
 
 
 def _config(module, changes: dict, args: argparse.Namespace):
-  config = module.get_config('tiny').unlock()
-  config.model.update(
-    d_model=args.d_model,
-    n_layers=args.layers,
-    d_ff=args.d_ff,
-    n_heads=args.heads,
-    n_kv_heads=args.heads,
-    vocab_size=args.vocabulary,
-    branch_width=args.branch,
-  )
-  config.model.update(changes)
-  config.data.update(seq_len=args.seq_len, batch_size=args.batch)
+  config = module.get_config(args.size).unlock()
+  if args.size == 'tiny':
+    config.model.update(
+      d_model=args.d_model,
+      n_layers=args.layers,
+      d_ff=args.d_ff,
+      n_heads=args.heads,
+      n_kv_heads=args.heads,
+      vocab_size=args.vocabulary,
+      branch_width=args.branch,
+    )
+    config.data.seq_len = args.seq_len
+  config.data.batch_size = args.batch
   config.train.steps = 10_000
+  config.update_from_flattened_dict(changes)
   return config.lock()
 
 
@@ -112,7 +120,9 @@ def _plain(args: argparse.Namespace) -> Variant:
     return (optax.apply_updates(params, updates), opt_state), loss
 
   state = jax.jit(init)()
-  rows = jax.ShapeDtypeStruct((args.batch, args.seq_len), jnp.int32)
+  rows = jax.ShapeDtypeStruct(
+    (config.data.batch_size, config.data.seq_len), jnp.int32
+  )
   compiled = (
     jax.jit(step, donate_argnums=0)
     .lower(state, {'tokens': rows, 'targets': rows})
@@ -129,10 +139,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
   for name in args.methods.split(','):
     with console.status(f'Compiling {name}'):
       variants.append(_plain(args) if name == PLAIN else _fast(name, args))
+  config = _config(fp, {}, args)
+  shape = (config.data.batch_size, config.data.seq_len)
   rng = np.random.default_rng(0)
-  shape = (args.batch, args.seq_len)
   batch = {
-    name: jnp.asarray(rng.integers(0, args.vocabulary, shape), jnp.int32)
+    name: jnp.asarray(
+      rng.integers(0, config.model.vocab_size, shape), jnp.int32
+    )
     for name in ('tokens', 'targets')
   }
   states = {v.name: v.state for v in variants}
@@ -146,12 +159,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if i:  # The first is a warm-up.
           seconds[v.name].append(time.perf_counter() - start)
   peak = flops.measured_peak(seconds=1.0)
-  base = seconds[variants[0].name]
-  tokens = args.batch * args.seq_len
+  base_name = args.base or variants[0].name
+  base = seconds[base_name]
   rows = {}
   for v in variants:
     mine = seconds[v.name]
-    speed = tokens / statistics.median(mine)
+    speed = shape[0] * shape[1] / statistics.median(mine)
     ratios = [a / b for a, b in zip(base, mine, strict=True)]
     memory = v.step.memory_analysis()
     rows[v.name] = {
@@ -160,7 +173,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
       'speedup_min': min(ratios),
       'speedup_max': max(ratios),
       'flops_share': speed * v.flops_per_token / peak,
+      'flops_per_s': speed * v.flops_per_token,
       'temporary_bytes': memory.temp_size_in_bytes,
+      # The step gives its memory to the state it returns.
+      'peak_bytes': memory.temp_size_in_bytes
+      + memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes,
     }
   result = {
     'machine': _machine(),
@@ -171,7 +190,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     'peak_flops': peak,
     'rows': rows,
   }
-  _print(console, result, variants[0].name)
+  _print(console, result, base_name)
   return result
 
 
@@ -180,7 +199,15 @@ def _print(console: rich_console.Console, result: dict, base: str) -> None:
     title=f'{result["machine"]}, jax {result["jax"]}, bf16 peak'
     f' {display.count(result["peak_flops"])}FLOP/s'
   )
-  for name in ('', 'tokens/s', f'against {base}', 'of peak', 'temporaries'):
+  for name in (
+    '',
+    'tokens/s',
+    f'against {base}',
+    'FLOP/s',
+    'of peak',
+    'temporaries',
+    'memory',
+  ):
     table.add_column(name, justify='right')
   for name, row in result['rows'].items():
     table.add_row(
@@ -188,8 +215,10 @@ def _print(console: rich_console.Console, result: dict, base: str) -> None:
       f'{row["tokens_per_s"]:,.0f}',
       f'{row["speedup"]:.2f} ({row["speedup_min"]:.2f} to'
       f' {row["speedup_max"]:.2f})',
+      display.count(row['flops_per_s']),
       f'{row["flops_share"]:.0%}',
       f'{row["temporary_bytes"] / 1e6:,.0f} MB',
+      f'{row["peak_bytes"] / 1e6:,.0f} MB',
     )
   console.print(table)
 
@@ -231,7 +260,17 @@ def main(argv: list[str]) -> int:
   command.add_argument(
     '--methods',
     default=','.join([PLAIN, *METHODS]),
-    help='what to compare; ratios are against the first',
+    help='what to compare',
+  )
+  command.add_argument(
+    '--base',
+    help='ratios are against this method; without it, the first',
+  )
+  command.add_argument(
+    '--size',
+    default='tiny',
+    choices=common.SIZES,
+    help='a size of configs/common.py; of tiny, the shape comes from below',
   )
   for name, value, meaning in (
     ('rounds', 8, 'timed steps of each variant'),
@@ -251,7 +290,11 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   unknown = set(args.methods.split(',')) - {PLAIN, *METHODS}
   if unknown:
-    parser.error(f'no method {", ".join(unknown)}; see --help')
+    parser.error(
+      f'no method {", ".join(unknown)}; there are {PLAIN}, {", ".join(METHODS)}'
+    )
+  if args.base and args.base not in args.methods.split(','):
+    parser.error(f'--base={args.base} is not among --methods={args.methods}')
   result = train(args)
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + '\n')

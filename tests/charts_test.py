@@ -32,7 +32,8 @@ def series(blocks=2):
       found[f'health/flips/{path}'] = curve(1e-2, 1e-3, 1e-3, 0, 1e-4)
       found[f'health/scale/{path}'] = curve(2, 2, 3, 3, 4)
       found[f'health/zeros/{path}'] = curve(*[0.3 * (name == 'attn/q')] * 5)
-    for key in ('alpha', 'beta', 'router_entropy'):
+    routing = 'router_entropy', 'load_entropy', 'idle_experts', 'dropped'
+    for key in ('alpha', 'beta', *routing):
       found[f'health/{key}/block_{i}'] = curve(*np.full(5, i + 1.0))
     for expert in range(4):
       load = curve(*np.full(5, 0.1 * (expert + 1)))
@@ -73,6 +74,9 @@ def test_everything_is_drawn():
     'Load of the experts',
     'Scales of the branches',
     'Entropy of the router',
+    'Entropy of the load',
+    'Idle experts',
+    'Dropped choices',
   ]
 
 

@@ -9,7 +9,10 @@ import pytest
 from configs import common
 from qat import config as config_lib
 
-METHODS = ('fp', 'bitnet', 'bitnet_b158', 'pquant')
+METHODS = (
+  *('fp', 'bitnet', 'bitnet_b158', 'pquant'),
+  *('onebit', 'lsq', 'paretoq', 'integer'),
+)
 # What the messages below are about, whatever the sizes of the configs are.
 SHAPE = dict(
   model__d_model=256,
@@ -71,6 +74,15 @@ def test_every_config_is_sound_on_its_devices(method, size):
     (dict(model__branch_multiple=0), 'model.branch_multiple=0 greater than 0'),
     (dict(model__n_experts=0), 'model.n_experts=0 at least 1'),
     (
+      dict(model__n_experts=4, model__experts_per_token=3),
+      'model.experts_per_token=3 model.n_experts=4',
+    ),
+    (dict(model__experts_per_token=2), 'experts_per_token=2 n_experts=1'),
+    (dict(model__expert_form='fast'), "model.expert_form='fast' grouped"),
+    (dict(model__capacity_factor=-1.0), 'model.capacity_factor=-1.0 negative'),
+    (dict(model__router_jitter=1.5), 'model.router_jitter=1.5 between'),
+    (dict(model__expert_tile=0), 'model.expert_tile=0 greater'),
+    (
       dict(model__n_experts=2, model__ffn='gated'),
       "model.n_experts=2 model.ffn='decoupled'",
     ),
@@ -123,13 +135,36 @@ def test_every_config_is_sound_on_its_devices(method, size):
     ),
     (dict(quant__rules=(('(', 'binary'),)), "quant: '(' is no regex"),
     (
-      dict(quant__specs__binary__weight='int3'),
-      "quant: weight='int3' choose one of none, binary, ternary, int8",
+      dict(quant__specs__binary__weight='int5'),
+      "quant: weight='int5' choose one of none, binary, ternary, int8 onebit",
     ),
     (
       dict(quant__specs__binary__granularity='row'),
-      "quant: granularity='row' tensor, channel",
+      "quant: granularity='row' tensor, channel, group",
     ),
+    (
+      dict(
+        quant__specs__binary__granularity='group',
+        quant__specs__binary__group_size=96,
+      ),
+      'quant: block_0/attn/q: group_size=96 256 inputs divisor',
+    ),
+    (
+      dict(quant__specs__narrow__group_size=0),
+      'quant: group_size=0 at least 1',
+    ),
+    (dict(quant__anneal__shape='sine'), "quant.anneal.shape='sine' linear"),
+    (dict(quant__anneal__steps=-1), 'quant.anneal.steps=-1 not negative'),
+    (
+      dict(
+        quant__anneal__shape='linear',
+        quant__anneal__start_step=100,
+        quant__anneal__steps=300,
+      ),
+      'quant.anneal.start_step=100 quant.anneal.steps=300 train.steps=400',
+    ),
+    (dict(optim__scales='(scale'), "optim.scales='(scale' no regex"),
+    (dict(optim__scale_lr_ratio=-1.0), 'optim.scale_lr_ratio=-1.0 not neg'),
   ],
 )
 def test_a_bad_config_is_told_field_value_and_remedy(fields, expected):
@@ -234,6 +269,13 @@ def test_a_folder_without_a_run_is_told(tmp_path):
 def test_a_damaged_config_is_told(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(config_lib.ConfigError, match='config.json is damaged'):
+    config_lib.load(tmp_path)
+
+
+def test_a_config_without_later_fields_is_told(tmp_path):
+  text = config_lib.to_json(get()).replace('"scan_layers": false,', '')
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(config_lib.ConfigError, match='lacks model.scan_layers:'):
     config_lib.load(tmp_path)
 
 

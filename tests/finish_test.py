@@ -5,6 +5,10 @@ import pytest
 from configs import bitnet
 from configs import bitnet_b158
 from configs import fp
+from configs import integer
+from configs import lsq
+from configs import onebit
+from configs import paretoq
 from configs import pquant
 from qat import finish
 from qat.nn import transformer
@@ -16,6 +20,10 @@ from qat.nn import transformer
     (fp, 'tiny', 16.0),
     (bitnet, 'tiny', 1.0),
     (bitnet_b158, 'tiny', 1.58),
+    (onebit, 'tiny', 1.0),
+    (lsq, 'tiny', 4.0),
+    (paretoq, 'tiny', 2.0),
+    (integer, 'tiny', 4.0),
     # The exact shares of 8-bit weights are 3.40 %, 4.17 % and 4.69 %; the
     # paper's 1.28, 1.28 and 1.35 use rounded ones.
     (pquant, '300m', 1.24),

@@ -26,11 +26,17 @@ def test_the_count_of_a_small_model_by_hand():
   assert count(config) == 6 * weights + 3 * scores
 
 
-def test_an_expert_layer_counts_one_expert():
+def test_an_expert_layer_counts_the_expert_that_a_token_meets():
   # Wide and narrow branch together are as wide as the gated layer.
   expected = count(tiny.config('bitnet'))
   for method in ('pquant', 'pquant4', 'pquant8'):
     assert count(tiny.config(method)) == expected
+
+
+def test_a_second_expert_a_token_counts():
+  once = count(tiny.config('pquant4'))
+  twice = count(tiny.config('pquant4', {'model.experts_per_token': 2}))
+  assert twice - once == 6 * 3 * 32 * 8
 
 
 def test_the_count_ignores_recomputation_and_untied_heads():

@@ -103,11 +103,36 @@ def test_routers_are_named_and_add_up(experts):
   keys |= {
     f'health/expert_load/block_{b}/{e}' for b in range(2) for e in range(4)
   }
+  for name in ('load_entropy', 'idle_experts'):
+    keys |= {f'health/{name}/block_{b}' for b in range(2)}
   assert found.keys() == keys
   for b in range(2):
     loads = [found[f'health/expert_load/block_{b}/{e}'] for e in range(4)]
     np.testing.assert_allclose(sum(loads), 1, rtol=1e-5)
     assert 0 < found[f'health/router_entropy/block_{b}'] <= np.log(4) + 1e-5
+
+
+@pytest.mark.parametrize(
+  ('load', 'entropy', 'idle'),
+  [
+    ([0.25] * 4, np.log(4), 0),
+    ([1, 0, 0, 0], 0, 0.75),
+    ([0.5, 0.46, 0.02, 0.02], 0.8603, 0.5),
+    ([0.5, 0.44, 0.03, 0.03], 0.9182, 0),
+  ],
+)
+def test_experts_that_collapse_show(load, entropy, idle):
+  sown = {'block_3': {'ffn': {'load': (jnp.array(load),)}}}
+  found = health.routers(sown)
+  assert found['health/load_entropy/block_3'] == pytest.approx(
+    entropy, abs=1e-4
+  )
+  assert found['health/idle_experts/block_3'] == idle
+
+
+def test_dropped_choices_are_named():
+  sown = {'block_0': {'ffn': {'dropped': (jnp.array(0.125),)}}}
+  assert health.routers(sown) == {'health/dropped/block_0': 0.125}
 
 
 def outputs(model):

@@ -154,6 +154,69 @@ def test_matrices_alone_decay(method):
   assert seen == expected
 
 
+def test_learned_scales_have_a_rate_of_their_own_and_no_decay():
+  params = {
+    'block_0': {
+      'q': {
+        name: jnp.full((2, 2), 3.0) for name in ('kernel', 'learned_scale')
+      },
+      'k': {name: jnp.full((2,), 3.0) for name in ('gain_in', 'gain_out')},
+    }
+  }
+  grads = jax.tree.map(jnp.ones_like, params)
+  found = {}
+  for ratio in (1.0, 0.25):
+    optimizer = optim.make(
+      section(
+        schedule='constant',
+        warmup_steps=0,
+        peak_lr=0.5,
+        weight_decay=0.1,
+        scale_lr_ratio=ratio,
+      ),
+      100,
+    )
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    found[ratio] = jax.tree.map(lambda u: float(u.max()), updates['block_0'])
+  # Adam's first step is the rate, whatever the size of the gradient.
+  assert found[1.0]['q']['kernel'] == pytest.approx(-0.5 * (1 + 0.1 * 3))
+  assert found[1.0]['q']['kernel'] == found[0.25]['q']['kernel']
+  for ratio, layers in found.items():
+    for rate in (layers['q']['learned_scale'], *layers['k'].values()):
+      assert rate == pytest.approx(-0.5 * ratio)
+
+
+def anneal(**changes) -> ConfigDict:
+  """The `quant.anneal` section, with changes."""
+  config = common.base('tiny').quant.anneal
+  config.update(changes)
+  return config
+
+
+@pytest.mark.parametrize('shape', ['linear', 'cosine'])
+@pytest.mark.parametrize(('start', 'steps'), [(0, 8), (5, 8), (3, 1), (4, 0)])
+def test_quantization_rises_from_0_to_1(shape, start, steps):
+  share = jax.jit(
+    optim.quantization(anneal(shape=shape, start_step=start, steps=steps))
+  )
+  found = np.array([share(t) for t in range(20)])
+  p = [
+    min(max(t - start, 0) / steps, 1) if steps else float(t >= start)
+    for t in range(20)
+  ]
+  p = np.array(p)
+  expected = p if shape == 'linear' else (1 - np.cos(np.pi * p)) / 2
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  # Exactly full precision before, exactly quantized after.
+  assert not found[:start].any()
+  assert (found[start + steps :] == 1).all()
+  assert share(10**6) == 1
+
+
+def test_without_annealing_there_is_no_share():
+  assert optim.quantization(anneal()) is None
+
+
 @pytest.mark.parametrize(
   ('clip', 'factor'), [(1.0, 0.1), (20.0, 1.0), (0.0, 1.0)]
 )

@@ -94,17 +94,6 @@ def test_the_range_of_colours_holds_every_finite_score_but_the_faintest():
   assert low < high
 
 
-def test_the_figure_is_a_picture_and_takes_any_name(tmp_path):
-  analysis = make([r'block_0/$\frac{/<b>', 'block_0/attn/q'])
-  out = tmp_path / 'map.png'
-  sensitivity_pictures.figure(analysis, list(analysis), out)
-  assert out.read_bytes().startswith(b'\x89PNG')
-  with pytest.raises(ValueError, match="No sensitivity of 'block_9'.*attn/q"):
-    sensitivity_pictures.figure(analysis, ['block_9'], out)
-  with pytest.raises(ValueError, match='No paths'):
-    sensitivity_pictures.figure(analysis, [], out)
-
-
 def test_names_are_shown_and_not_obeyed():
   page = sensitivity_pictures.maps(make(['block_0/<b>"\x1b']))
   assert '&lt;b&gt;&quot;\\x1b' in page

@@ -286,6 +286,27 @@ def test_too_little_damping_is_an_error_that_says_so():
     sensitivity.analyse([layer], 0.0)
 
 
+def test_binarized_is_what_binary_weights_have_on_these_inputs():
+  layer = record()
+  stats = sensitivity.analyse([layer], 0.01, binarized=True)[layer.path]
+  np.testing.assert_allclose(stats['binarized'].gini, stats['quantized'].gini)
+  assert stats['binarized'].top1 < stats['latent'].top1
+  alike = changed(layer, x_MK=jnp.eye(24), latent_KN=2.0 * layer.latent_KN)
+  stats = sensitivity.analyse([alike], 0.01, binarized=True)[layer.path]
+  np.testing.assert_allclose(stats['binarized'].gini, 0, atol=1e-5)
+
+
+def test_a_layer_that_is_not_quantized_has_latent_weights_only():
+  layer = record()
+  full = changed(layer, quantized_KN=None)
+  a, b = (sensitivity.analyse([r], 0.01)[r.path] for r in (layer, full))
+  assert b.keys() == {'latent'}
+  assert b['latent'].gini == a['latent'].gini
+  broken = changed(full, latent_KN=full.latent_KN.at[0, 0].set(np.inf))
+  with pytest.raises(ValueError, match='latent_KN has values'):
+    sensitivity.analyse([broken], 0.01)
+
+
 @pytest.mark.parametrize('name', ['x_MK', 'latent_KN', 'quantized_KN'])
 def test_values_that_are_not_finite_are_named(name):
   layer = record()

@@ -20,7 +20,10 @@ from qat.nn import transformer
 from qat.quant import weights
 from tests import tiny
 
-METHODS = ('fp', 'bitnet', 'bitnet_b158', 'pquant')
+METHODS = (
+  *('fp', 'bitnet', 'bitnet_b158', 'pquant'),
+  *('onebit', 'lsq', 'paretoq', 'integer'),
+)
 
 
 def axes(data: int, fsdp: int) -> ConfigDict:
@@ -72,6 +75,7 @@ def test_a_mesh_has_the_devices_it_is_given():
 def abstract_params(config: ConfigDict):
   config = config.copy_and_resolve_references().unlock()
   config.model.n_layers = 1  # All blocks have the same parameters.
+  config.model.scan_layers = False  # Stacked: tests/nn/stacked_test.py.
   return transformer.abstract_params(transformer.build(config, 'cpu', 1))
 
 
@@ -93,9 +97,10 @@ def test_the_rules_cover_every_parameter_of_every_config(method, size):
       strict=True,
     ):
       path = jax.tree_util.keystr(keys)
-      # Every matrix is split, along the axis of width d_model, evenly.
+      # Every matrix is split, along the axis of width d_model, evenly; what
+      # its quantizer learns is small.
       shard = where.shard_shape(leaf.shape)
-      if leaf.ndim < 2:
+      if leaf.ndim < 2 or 'learned_scale' in path:
         assert shard == leaf.shape, path
       else:
         axis = where.spec.index('fsdp')
@@ -119,10 +124,17 @@ def test_a_parameter_without_a_rule_is_refused():
     ('block_0/attn/o/kernel', 2, P(None, 'fsdp')),
     ('block_0/ffn/wide/down/kernel', 2, P(None, 'fsdp')),
     ('block_0/ffn/narrow/up/kernel', 2, P('fsdp', None)),
+    ('blocks/attn/q/kernel', 3, P(None, 'fsdp', None)),
+    ('blocks/ffn/narrow/up/kernel', 3, P(None, 'fsdp', None)),
+    ('blocks/ffn/narrow/down/kernel', 4, P(None, None, None, 'fsdp')),
+    ('blocks/ffn/alpha', 1, P(None)),
     ('block_0/ffn/narrow/up/kernel', 3, P(None, 'fsdp', None)),
     ('block_0/ffn/narrow/down/kernel', 3, P(None, None, 'fsdp')),
     ('block_0/ffn/narrow/down/norm/scale', 1, P()),
     ('block_0/ffn/alpha', 0, P()),
+    ('block_0/attn/q/learned_scale', 2, P()),
+    ('block_0/attn/q/gain_in', 1, P()),
+    ('block_0/ffn/narrow/up/gain_out', 2, P()),
   ],
 )
 def test_partition_spec(path, ndim, expected):

@@ -149,6 +149,32 @@ def test_the_balance_term_pulls_but_is_not_in_the_loss():
   np.testing.assert_allclose(np.sum(parts), 1, rtol=1e-5)
 
 
+# ------------------------------------------------------------- random numbers
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_router_gets_other_noise_in_every_step(accumulate):
+  fields = {
+    'model.router_jitter': 0.5,
+    'optim.accumulate': accumulate,
+    'optim.warmup_steps': 0,
+    'optim.peak_lr': 1e-12,  # The parameters stay, so that noise alone moves.
+  }
+  program = compiled('pquant4', fields)
+  assert program.config.data.batch_size == 8
+  _, first = train(program, [0, 0, 0], program.init())
+  _, again = train(program, [0, 0, 0], program.init())
+  np.testing.assert_array_equal(losses(first), losses(again))
+  assert len(set(losses(first))) == 3
+  # The noise of a step is its number's: a run that resumes draws the same.
+  states, _ = train(program, [0, 0], program.init())
+  state = jax.device_put(
+    states[1], jax.tree.map(lambda a: a.sharding, program.abstract)
+  )
+  _, resumed = train(program, [0], state)
+  np.testing.assert_allclose(losses(resumed), losses(first)[1:2], rtol=1e-5)
+
+
 # -------------------------------------------------------------- not finite
 
 

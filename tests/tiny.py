@@ -28,6 +28,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
   'pquant': ('pquant', {}),
   'pquant4': ('pquant', {'model.n_experts': 4}),
   'pquant8': ('pquant', {'model.n_experts': 8}),
+  'onebit': ('onebit', {}),
+  'lsq': ('lsq', {}),
+  'paretoq': ('paretoq', {}),
+  'integer': ('integer', {}),
 }
 _SMALL = {
   'model.vocab_size': 64,

@@ -22,6 +22,8 @@ from qat import sharding
 from qat import step as step_lib
 from qat import train
 from qat.data import prepare
+from qat.infer import generate
+from qat.infer import load
 from tests import outcomes
 
 STEPS = 8
@@ -59,7 +61,8 @@ def one_device(request, monkeypatch):
     monkeypatch.setattr(sharding, 'make_mesh', on_one_device)
 
 
-def on_one_device(config, make_mesh=sharding.make_mesh):
+def on_one_device(config, devices=None, make_mesh=sharding.make_mesh):
+  del devices
   return make_mesh(config, jax.devices()[:1])
 
 
@@ -158,6 +161,39 @@ def test_stopped_and_resumed_equals_uninterrupted(
   assert outcomes.outcome(tmp_path / 'run') == outcomes.outcome(complete)
 
 
+def test_a_run_with_scanned_layers_leaves_what_others_leave(
+  complete, cache_dir, tmp_path, monkeypatch
+):
+  changes = {'model.scan_layers': True, 'model.remat': 'dots'}
+  config = small(cache_dir, **changes)
+  with monkeypatch.context() as patch:
+    stop_at(patch, 4)
+    patch.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
+    assert train.run(config, tmp_path) == 143
+  assert train.run(config, tmp_path) == 0
+  keys, expected = (
+    {key for row in metrics.read(run) for key in row}
+    for run in (tmp_path, complete)
+  )
+  assert keys == expected and 'health/flips/block_1/attn/q' in keys
+  names = (f'sensitivity/{STEPS}.json', 'samples.jsonl', 'report.html')
+  assert all((tmp_path / name).exists() for name in names)
+  rows, others = (
+    json.loads((run / names[0]).read_text()) for run in (tmp_path, complete)
+  )
+  assert list(rows) == list(others)
+  run = load.load_run(tmp_path)
+  assert not run.config.model.scan_layers and run.step == STEPS
+  assert 'block_1' in run.params and 'blocks' not in run.params
+  options = dict(temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=-1)
+  assert (
+    len(
+      list(generate.generate(run.model, run.params, [1], tokens=3, **options))
+    )
+    == 3
+  )
+
+
 def test_a_finished_run_can_be_started_again(complete):
   before = outcomes.outcome(complete)
   config = config_lib.load(complete)
@@ -190,8 +226,10 @@ def test_a_damaged_checkpoint_falls_back(
   assert (tmp_path / 'checkpoints/7.corrupt').exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cache_dir, tmp_path):
-  config = small(cache_dir, **{'optim.peak_lr': 1e38, 'checkpoint.every': 1})
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run(cache_dir, tmp_path, scan):
+  changes = {'optim.peak_lr': 1e38, 'checkpoint.every': 1}
+  config = small(cache_dir, **changes, **{'model.scan_layers': scan})
   with pytest.raises(train.NonFiniteError, match='The first that') as error:
     train.run(config, tmp_path)
   bad = int(re.search(r'Step (\d+)', str(error.value))[1])

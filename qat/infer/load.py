@@ -21,7 +21,8 @@ class Run(NamedTuple):
   """A trained model on one device.
 
   Attributes:
-    config: the run's config, apart from `mesh`, which is one device.
+    config: the run's config, apart from `mesh`, which is one device, and
+      `model.scan_layers`, which is False.
     mesh: that device.
     model: the transformer.
     params: its parameters.
@@ -89,7 +90,9 @@ def load_run(workdir: pathlib.Path) -> Run:
       f' digest is {dataset.digest[:16]}..., that one had'
       f' {trained_on[:16]}.... Put back the one that was there.'
     )
-  params = restored.state['params']
+  model, params = transformer.unscanned(model, restored.state['params'])
+  with config.unlocked():
+    config.model.scan_layers = False
   return Run(config, mesh, model, params, dataset, restored.step)
 
 

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from qat.nn import layers
+from qat.nn import remat
 from qat.quant import dot
 from qat.quant import rules as rules_lib
 
@@ -71,25 +72,22 @@ class Attention(nn.Module):
     read = functools.partial(linear, init_std=c.init_std, norm_eps=own_eps)
     if own_eps is None:
       x_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
-    q, k, v = layers.project(
-      x_BTD,
-      [
-        read(c.n_heads * head, name='q'),
-        read(c.n_kv_heads * head, name='k'),
-        read(c.n_kv_heads * head, name='v'),
-      ],
-      self.method,
-      mix,
-    )
+    readers = [
+      read(c.n_heads * head, name='q'),
+      read(c.n_kv_heads * head, name='k'),
+      read(c.n_kv_heads * head, name='v'),
+    ]
+    q, k, v = layers.project(x_BTD, readers, self.method, mix)
 
     def split(y_BTN: jax.Array) -> jax.Array:
       return y_BTN.reshape(*y_BTN.shape[:2], -1, head)
 
     q_BTNH = rotary(split(q), positions_T, c.rope_theta)
     k_BTKH = rotary(split(k), positions_T, c.rope_theta)
-    q_BTNH = q_BTNH.astype(c.dot_dtype)
-    k_BTKH = k_BTKH.astype(c.dot_dtype)
-    v_BTKH = split(v).astype(c.dot_dtype)
+    q_BTNH, k_BTKH, v_BTKH = (
+      remat.product(a.astype(c.dot_dtype), linear.spec, mix)
+      for a, linear in zip((q_BTNH, k_BTKH, split(v)), readers, strict=True)
+    )
     if cache is None:
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
     else:
@@ -108,9 +106,9 @@ class Attention(nn.Module):
       norm_eps=c.norm_eps if inside else None,
       name='o',
     )
-    y_BTD = y_BTNH.reshape(*x_BTD.shape[:2], -1)
+    y_BTD = remat.attention(y_BTNH).reshape(*x_BTD.shape[:2], -1)
     (y_BTD,) = layers.project(y_BTD, [out], self.method, mix)
-    return y_BTD.astype(x_BTD.dtype), cache
+    return remat.product(y_BTD.astype(x_BTD.dtype), out.spec, mix), cache
 
 
 def causal_attention(

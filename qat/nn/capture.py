@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import rules as rules_lib
 
@@ -19,7 +20,8 @@ class LinearRecord:
   Attributes:
     path: 'block_0/attn/q'; of an expert: 'block_0/ffn/narrow/up/3'.
     x_MK: the inputs as the layer multiplies them, float32; rows of tokens that
-      go to another expert are zero.
+      go to another expert are zero. The hidden units of experts come in an
+      order of their own, with rows of zeros between them.
     latent_KN: the float weights that are trained.
     quantized_KN: the weights that the forward pass uses; None in a layer that
       is not quantized.
@@ -50,6 +52,7 @@ def linear_records(
     full_precision: yield the layers that are not quantized, too.
   """
   sown = _forward(model, params, tokens_BT)
+  params = stacked.unstacked(params)
   inputs = {
     '/'.join(key.key for key in keys[:-1]): leaf
     for keys, leaf in jax.tree_util.tree_leaves_with_path(sown)
@@ -66,7 +69,8 @@ def linear_records(
       yield LinearRecord(path, x_MK, kernel, quantized)
       continue
     ffn = path.split('/narrow/')[0]
-    chosen_ME = _rows(inputs[f'{ffn}/chosen'])
+    kind = 'chosen_hidden' if path.endswith('/down') else 'chosen'
+    chosen_ME = _rows(inputs[f'{ffn}/{kind}'])
     for i, weight_KN in enumerate(kernel):
       mine_MK = x_MK * chosen_ME[:, i, None]
       mine_KN = None if quantized is None else quantized[i]
@@ -79,9 +83,8 @@ def linear_records(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model: transformer.Transformer, params: Any, tokens_BT: jax.Array):
-  return model.apply({'params': params}, tokens_BT, mutable=['inputs'])[1][
-    'inputs'
-  ]
+  sown = model.apply({'params': params}, tokens_BT, mutable=['inputs'])[1]
+  return stacked.unstacked(sown['inputs'])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,13 +1,13 @@
 """RMSNorm, and linear layers that find their quantization rule by path."""
 
 from collections.abc import Sequence
-import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 from jax import numpy as jnp
 
+from qat.nn import stacked
 from qat.quant import dot
 from qat.quant import rules as rules_lib
 
@@ -91,7 +91,7 @@ class Linear(nn.Module):
   @property
   def path_name(self) -> str:
     """The module path as the rules see it: 'block_0/attn/q'."""
-    return '/'.join(self.path)
+    return stacked.one_layer('/'.join(self.path))
 
   @property
   def spec(self) -> rules_lib.Spec:
@@ -104,9 +104,11 @@ class Linear(nn.Module):
   ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The layer's own parameters, and `x`, normed if it is.
 
-    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`.
+    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`; beside it stands
+    what its quantizer learns, made from the kernel.
     """
     shape = (x.shape[-1], self.features)
+    self._check(x.shape[-1])
     if self.experts:
       shape = (self.experts, *shape)
     kernel = self.param(
@@ -114,7 +116,55 @@ class Linear(nn.Module):
     )
     if self.norm_eps is not None:
       x = RMSNorm(self.norm_eps, name='norm')(x)
-    return {'kernel': kernel}, x
+    layer = {'kernel': kernel}
+    for name in self.spec.parameters:
+      layer[name] = self.param(
+        name, lambda _, name=name: self.spec.start(kernel)[name]
+      )
+    return layer, x
+
+  def _check(self, width: int) -> None:
+    """Raises a ValueError that names the layer whose rule does not fit it."""
+    try:
+      self.spec.check_width(width)
+    except ValueError as error:
+      raise ValueError(f'{self.path_name}: {error}') from error
+    if self.experts and self.spec.output_norm:
+      raise ValueError(
+        f'{self.path_name} is a stack of experts, whose outputs have no norm;'
+        ' give it a rule with output_norm=False.'
+      )
+
+
+def operands(
+  x: jax.Array, linears: Sequence[Linear], mix: jax.Array | None = None
+) -> list[tuple[dot.Operand, dot.Operand]]:
+  """What several linear layers multiply with one input.
+
+  The input is quantized once for all layers that have no norm of their own and
+  quantize it alike; they share one Operand.
+
+  Args:
+    x: float, `[..., K]`.
+    linears: layers that read `x`, bound to their scope.
+    mix: share of quantization while it is annealed; see `dot.make_input`.
+
+  Returns:
+    For each layer its input and its weight.
+  """
+  pairs, shared = [], {}
+  for linear in linears:
+    layer, normed = linear.parameters_and_input(x)
+    if linear.norm_eps is not None:
+      source = dot.make_input(normed, linear.spec, mix)
+    else:
+      key = linear.spec.input_key
+      if key not in shared:
+        shared[key] = dot.make_input(normed, linear.spec, mix)
+      source = shared[key]
+    _record(linear, source)
+    pairs.append((source, dot.make_weight(layer, linear.spec, mix)))
+  return pairs
 
 
 def project(
@@ -124,9 +174,6 @@ def project(
   mix: jax.Array | None = None,
 ) -> list[jax.Array]:
   """Applies several linear layers to one input.
-
-  The input is quantized once for all layers that have no norm of their own and
-  quantize it alike.
 
   Args:
     x: float, `[..., K]`.
@@ -138,62 +185,27 @@ def project(
     For each layer float32 `[..., N]`; for a stack of experts `[..., E, N]`:
     each of its matrices applied to every token.
   """
-  ys, shared = [], {}
-  for linear in linears:
-    layer, normed = linear.parameters_and_input(x)
-    if linear.norm_eps is not None:
-      source = dot.make_input(normed, linear.spec, mix)
-    else:
-      key = linear.spec.activation
-      if key not in shared:
-        shared[key] = dot.make_input(normed, linear.spec, mix)
-      source = shared[key]
-    _record(linear, source)
-    weight = dot.make_weight(layer, linear.spec, mix)
-    ys.append(dot.quantized_dot(source, weight, method))
+  return products(linears, operands(x, linears, mix), method)
+
+
+def products(
+  linears: Sequence[Linear],
+  pairs: Sequence[tuple[dot.Operand, dot.Operand]],
+  method: dot.Method,
+) -> list[jax.Array]:
+  """What the layers give for their `operands`; as `project` returns it."""
+  ys = []
+  for linear, pair in zip(linears, pairs, strict=True):
+    y = dot.quantized_dot(*pair, method)
+    ys.append(_layer_norm(y) if linear.spec.output_norm else y)
   return ys
 
 
-def project_by_expert(
-  x: jax.Array,
-  linear: Linear,
-  chosen: jax.Array,
-  method: dot.Method,
-  mix: jax.Array | None = None,
-) -> jax.Array:
-  """Applies to each token the matrix of its expert; the dense reference.
-
-  Args:
-    x: float, `[..., K]`.
-    linear: a stack of E matrices.
-    chosen: bool, `[..., E]`: one expert a token.
-    method: how to multiply.
-    mix: as in `project`.
-
-  Returns:
-    float32 `[..., N]`.
-  """
-  layer, x = linear.parameters_and_input(x)
-  source = dot.make_input(x, linear.spec, mix)
-  _record(linear, source)
-  y = jnp.zeros((*x.shape[:-1], linear.features), jnp.float32)
-  for expert in range(linear.experts):
-    mine = chosen[..., expert, None]
-    weight = dot.make_weight(
-      {name: leaf[expert] for name, leaf in layer.items()}, linear.spec, mix
-    )
-    y = y + dot.quantized_dot(_masked(source, mine), weight, method)
-  return y
-
-
-def _masked(source: dot.Operand, mask: jax.Array) -> dot.Operand:
-  """The input with the rows of `mask` alone, the others zero."""
-  value = jnp.where(mask, source.value, 0)
-  if source.quantized is None:
-    return dot.Operand(value, None)
-  codes = jnp.where(mask, source.quantized.codes, 0).astype(jnp.int8)
-  quantized = dataclasses.replace(source.quantized, codes=codes)
-  return dot.Operand(value, quantized)
+def _layer_norm(y: jax.Array) -> jax.Array:
+  """LayerNorm without gain and bias, as OneBit (2402.11295) ends a layer."""
+  y = y - jnp.mean(y, -1, keepdims=True)
+  variance = jnp.mean(jnp.square(y), -1, keepdims=True)
+  return y * jax.lax.rsqrt(variance + 1e-5)
 
 
 def _record(linear: Linear, source: dot.Operand) -> None:

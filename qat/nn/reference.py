@@ -15,6 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 from ml_collections import ConfigDict
 
+from qat.nn import stacked
 from qat.quant import rules as rules_lib
 
 
@@ -39,7 +40,7 @@ def loss(
   """Mean cross-entropy of a batch, nats per token.
 
   Args:
-    params: the parameter tree of the model of `config`.
+    params: the parameter tree of the model of `config`, in either form.
     batch: tokens and targets, int32 `[B, T]`.
     config: the `model` section; one narrow branch at most.
     rules: how layers are quantized.
@@ -48,6 +49,7 @@ def loss(
     ValueError: for experts.
   """
   c = config
+  params = stacked.unstacked(params)
   if c.n_experts > 1:
     raise ValueError('The textbook form has no experts; set model.n_experts=1.')
 

@@ -1,6 +1,7 @@
 """The decoder-only language model, and how a config becomes one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,8 @@ from ml_collections import FrozenConfigDict
 from qat.nn import attention
 from qat.nn import ffn
 from qat.nn import layers
+from qat.nn import remat
+from qat.nn import stacked
 from qat.quant import dot
 from qat.quant import rules as rules_lib
 
@@ -43,11 +46,16 @@ class Block(nn.Module):
     return x_BTD + layer(x_BTD, mix), cache
 
 
+# What a scanned block makes for each layer: parameters, and what modules sow.
+_STACKED = ('params', 'inputs', 'router', 'intermediates')
+
+
 class Transformer(nn.Module):
   """LLaMA-style: rotary positions, RMSNorm, gated feed-forward, no biases.
 
   Embedding, head, norms and router stay in high precision; every other matrix
-  is a `Linear` whose path finds its rule.
+  is a `Linear` whose path finds its rule. With `scan_layers` one block is
+  compiled, and a loop runs it with each layer's parameters; see `stacked`.
   """
 
   config: FrozenConfigDict  # The model section of the config.
@@ -62,9 +70,22 @@ class Transformer(nn.Module):
       embedding_init=nn.initializers.normal(c.init_std),
     )
     block = Block
-    if c.remat == 'block':
-      block = nn.remat(Block, prevent_cse=True)
-    self.block = [block(c, self.rules, self.method) for _ in range(c.n_layers)]
+    if c.remat != 'none':
+      # In a scan nothing can be merged across iterations.
+      block = nn.remat(
+        Block, prevent_cse=not c.scan_layers, policy=remat.POLICIES[c.remat]
+      )
+    parts = (c, self.rules, self.method)
+    if c.scan_layers:
+      self.blocks = nn.scan(
+        block,
+        variable_axes=dict.fromkeys(_STACKED, 0),
+        split_rngs={'params': True, 'router': True},
+        length=c.n_layers,
+        in_axes=nn.broadcast,
+      )(*parts)
+    else:
+      self.block = [block(*parts) for _ in range(c.n_layers)]
     self.final_norm = layers.RMSNorm(c.norm_eps)
     if not c.tied_embeddings:
       self.head = self.param(
@@ -100,6 +121,14 @@ class Transformer(nn.Module):
       table_VD = jax.lax.with_sharding_constraint(table_VD, P())
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.config.dtype)
     positions_T = start + jnp.arange(tokens_BT.shape[1])
+    if self.config.scan_layers:
+      if caches is not None:
+        raise ValueError(
+          'A model that scans over its layers has no caches; take'
+          ' transformer.unscanned(model, params).'
+        )
+      x_BTD, _ = self.blocks(x_BTD, positions_T, None, mix)
+      return self.final_norm(x_BTD), None
     new_caches = []
     for i, block in enumerate(self.block):
       x_BTD, cache = block(
@@ -150,3 +179,16 @@ def abstract_params(model: Transformer) -> dict:
   """Shapes and dtypes of the parameters; allocates nothing."""
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+
+
+def unscanned(model: Transformer, params: Any) -> tuple[Transformer, Any]:
+  """The model without a scan over its layers, and its parameters in that form.
+
+  It computes the same, takes longer to compile, and can use caches.
+  """
+  if not model.config.scan_layers:
+    return model, params
+  config = ConfigDict(model.config.to_dict())
+  config.scan_layers = False
+  model = model.clone(config=FrozenConfigDict(config))
+  return model, jax.jit(stacked.unstacked)(params)

@@ -29,6 +29,7 @@ import re
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.experimental import layout
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
@@ -53,12 +54,16 @@ class Method:
       XLA:CPU multiplies a transposed left operand at half the speed.
     gather_codes: under a mesh with split parameters, exchange weight codes
       between devices rather than float weights.
+    row_major: hold weight codes in this order in memory. Accelerators want the
+      right operand of an int8 product transposed; left to itself, XLA turns the
+      float weights for that, of all layers at once where they are stacked.
   """
 
   int8: bool
   dtype: str
   transpose_in_loop: bool = False
   gather_codes: bool = False
+  row_major: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +93,9 @@ def make_input(
   """
   quantized = spec.quantize_input(lax.stop_gradient(x_MK))
   if mix is None or quantized is None:
-    return Operand(x_MK, quantized)
+    # Codes are written once. Left to itself, XLA rounds again wherever they are
+    # read, from floats four times as large.
+    return Operand(x_MK, lax.optimization_barrier(quantized))
   change = quantized.dequantize() - x_MK
   return Operand(
     x_MK + lax.stop_gradient(mix * change).astype(x_MK.dtype), None
@@ -142,7 +149,8 @@ def choose_method(
   int8 = name == 'int8'
   if name == 'auto':
     int8 = platform != 'cpu' or _cpu_has_tiles()
-  return Method(int8, dtype, platform == 'cpu', split_parameters)
+  on_cpu = platform == 'cpu'
+  return Method(int8, dtype, on_cpu, split_parameters, not on_cpu)
 
 
 @functools.cache
@@ -164,10 +172,10 @@ def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
   Returns:
     float32 `[..., N]`, or `[..., E, N]` for a stack.
   """
-  codes_MK, scale_M1 = _parts(x, -1, method)
-  codes_KN, scale_1N = _parts(weight, -2, method)
+  codes_MK, scale_M1 = parts(x, -1, method)
+  codes_KN, scale_1N = parts(weight, -2, method)
   stack = weight.value.shape[:-2]
-  if scale_1N is not None:
+  if scale_1N is not None and stack:
     ones = (*stack, 1, weight.value.shape[-1])
     scale_1N = _columns(jnp.broadcast_to(scale_1N, ones))
   y_MN = _dot(
@@ -182,14 +190,19 @@ def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
   return y_MN.reshape(*x.value.shape[:-1], *stack, weight.value.shape[-1])
 
 
-def _parts(
+def parts(
   operand: Operand, contracted: int, method: Method
 ) -> tuple[jax.Array | None, jax.Array | None]:
-  """Codes, and the scales that may be applied to the product instead."""
+  """Codes, and the scales that may be applied to the product instead.
+
+  Where there is more to a value than a code and such a scale, the dequantized
+  array stands for the codes.
+  """
   q = operand.quantized
   if q is None:
     return None, None
-  if q.scale.shape[contracted] == 1:
+  plain = q.zero is None and q.exact is None
+  if plain and q.scale.shape[contracted] == 1:
     return q.codes, q.scale
   return q.dequantize(method.dtype), None
 
@@ -219,7 +232,9 @@ def _dot_fwd(
     # Without the barrier XLA exchanges first and converts to codes after.
     w_KN = lax.optimization_barrier(w_KN)
     w_KN = lax.with_sharding_constraint(w_KN, P())
-  y_MN = _product(x_MK, w_KN, method)
+  if method.row_major and codes_KN is not None:
+    w_KN = layout.with_layout_constraint(w_KN, layout.Layout((0, 1)))
+  y_MN = product(x_MK, w_KN, method)
   for scale in (scale_1N, scale_M1):
     if scale is not None:
       y_MN = y_MN * scale
@@ -229,15 +244,17 @@ def _dot_fwd(
 
 def _dot_bwd(method, residuals, dy_MN):
   x_MK, scale_M1, w_KN, scale_1N, (x_like, w_like) = residuals
-  dy_w_MN = dy_MN if scale_1N is None else dy_MN * scale_1N
-  dx_MK = lax.dot_general(
-    dy_w_MN.astype(method.dtype),
-    w_KN.astype(method.dtype),
-    _NT,
-    preferred_element_type=jnp.float32,
-  )
   dy_x_MN = dy_MN if scale_M1 is None else dy_MN * scale_M1
-  dw_KN = _transposed_product(x_MK, dy_x_MN.astype(method.dtype), method)
+  dy_x_MN = dy_x_MN.astype(method.dtype)
+  if scale_1N is None or scale_1N.shape[-1] > 1:
+    dy_w_MN = dy_MN if scale_1N is None else dy_MN * scale_1N
+    dx_MK = _to_input(dy_w_MN.astype(method.dtype), w_KN, method)
+  else:
+    # One scale: both products read the same rounded dy, and what it has been
+    # multiplied by, a number for each row, is taken back after the product.
+    back = scale_1N if scale_M1 is None else scale_1N / scale_M1
+    dx_MK = _to_input(dy_x_MN, w_KN, method) * back
+  dw_KN = _transposed_product(x_MK, dy_x_MN, method)
   return (
     dx_MK.astype(x_like.dtype),
     _no_gradient(x_MK),
@@ -265,7 +282,7 @@ def _marker(a: jax.Array) -> jax.Array:
   return jnp.zeros((0,), a.dtype)
 
 
-def _product(x_MK, w_KN, method: Method) -> jax.Array:
+def product(x_MK, w_KN, method: Method) -> jax.Array:
   """x @ w as float32; through int32 where both are codes and that is wanted."""
   if method.int8 and x_MK.dtype == w_KN.dtype == jnp.int8:
     return lax.dot_general(
@@ -276,6 +293,13 @@ def _product(x_MK, w_KN, method: Method) -> jax.Array:
     w_KN.astype(method.dtype),
     _NN,
     preferred_element_type=jnp.float32,
+  )
+
+
+def _to_input(dy_MN, w_KN, method: Method) -> jax.Array:
+  """dy @ w^T as float32."""
+  return lax.dot_general(
+    dy_MN, w_KN.astype(method.dtype), _NT, preferred_element_type=jnp.float32
   )
 
 

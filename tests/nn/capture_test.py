@@ -56,7 +56,8 @@ def output_of(seen, record):
 
 @pytest.mark.parametrize('method', ['b158', 'pquant4'])
 def test_a_record_reproduces_the_output_of_its_layer(monkeypatch, method):
-  model, params = build(method)
+  # Dense experts are products of a stack, like every other here.
+  model, params = build(method, **{'model.expert_form': 'dense'})
   seen = observe(monkeypatch, model, params)
   records = list(capture.linear_records(model, params, TOKENS_BT))
   for record in records:
@@ -92,8 +93,21 @@ def test_there_is_a_record_of_every_quantized_matrix(method):
     )
 
 
+@pytest.mark.parametrize('k', [1, 2])
+def test_grouped_and_dense_experts_read_the_same_rows(k):
+  grams = {}
+  for form in ('grouped', 'dense'):
+    fields = {'model.expert_form': form, 'model.experts_per_token': k}
+    model, params = build('pquant4', **fields)
+    for r in capture.linear_records(model, params, TOKENS_BT):
+      grams.setdefault(r.path, []).append(r.x_MK.T @ r.x_MK)
+  assert sum(a.any() for path, (a, _) in grams.items() if 'down/' in path) > 1
+  for a, b in grams.values():
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_each_token_is_in_the_records_of_one_expert():
-  model, params = build('pquant4')
+  model, params = build('pquant4', **{'model.expert_form': 'dense'})
   records = {
     r.path: r for r in capture.linear_records(model, params, TOKENS_BT)
   }

@@ -43,14 +43,12 @@ class Readers(nn.Module):
   experts: int = 0
 
   @nn.compact
-  def __call__(self, x, chosen=None):
+  def __call__(self, x):
     linears = [
       layers.Linear(n, self.rules, 0.02, self.norm_eps, self.experts, name=name)
       for name, n in zip('abcd', self.features, strict=False)
     ]
-    if chosen is None:
-      return layers.project(x, linears, METHOD)
-    return layers.project_by_expert(x, linears[0], chosen, METHOD)
+    return layers.project(x, linears, METHOD)
 
 
 def init(model, x):
@@ -190,47 +188,6 @@ def test_a_stack_applies_every_expert_to_every_token(name):
     np.testing.assert_allclose(y[..., i, :], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['binary', 'int8', 'full'])
-@pytest.mark.parametrize('norm_eps', [None, EPS])
-def test_project_by_expert_gives_each_token_its_expert(name, norm_eps):
-  x, expert_M = normal(7, 8), np.array([2, 0, 0, 3, 2, 2, 0])
-  chosen = expert_M[:, None] == np.arange(4)
-  model = Readers(rules(('.*', name)), (5,), norm_eps, experts=4)
-  params = init(model, x)
-  y = model.apply({'params': params}, x, chosen)
-  source = jnp.asarray(x)
-  if norm_eps:
-    source = slow_norm(source, params['a']['norm']['scale'], EPS)
-  for row, expert in enumerate(expert_M):
-    expected = expected_output(
-      source[row], params['a']['kernel'][expert], model.rules.find('a')
-    )
-    np.testing.assert_allclose(y[row], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_an_expert_learns_from_its_own_tokens_alone():
-  x, dy = normal(4, 8), normal(4, 5, seed=1)
-  chosen = np.array([1, 1, 2, 1])[:, None] == np.arange(3)
-  model = Readers(rules(('.*', 'binary')), (5,), experts=3)
-  params = init(model, x)
-
-  def loss(params, x, rows):
-    y = model.apply({'params': params}, x[rows], chosen[rows])
-    return jnp.sum(y * dy[rows])
-
-  def gradients(rows):
-    dparams, dx = jax.grad(loss, (0, 1))(params, x, np.array(rows))
-    return dparams['a']['kernel'], dx
-
-  whole, dx = gradients([0, 1, 2, 3])
-  np.testing.assert_array_equal(whole[0], 0)
-  first, dx_first = gradients([0, 1, 3])
-  second, dx_second = gradients([2])
-  np.testing.assert_allclose(whole[1], first[1], rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(whole[2], second[2], rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(dx, dx_first + dx_second, rtol=1e-5, atol=1e-6)
-
-
 def test_what_a_layer_multiplies_is_kept_where_it_is_asked_for():
   x = normal(5, 8)
   model = Readers(rules(('a', 'binary'), ('.*', 'full')), (4, 4))
@@ -240,6 +197,99 @@ def test_what_a_layer_multiplies_is_kept_where_it_is_asked_for():
   np.testing.assert_array_equal(sown['a']['x'][0], quantized.dequantize())
   np.testing.assert_array_equal(sown['b']['x'][0], x)
   assert not model.apply(variables, x, mutable=['router'])[1]
+
+
+@pytest.mark.parametrize('experts', [0, 3])
+def test_what_a_quantizer_learns_starts_from_the_kernel(experts):
+  specs = {
+    'lsq': dict(weight='lsq3', activation='int8', granularity='channel'),
+    'onebit': dict(weight='onebit', activation='none', granularity='channel'),
+  }
+  made = rules_lib.make_rules((('a', 'lsq'), ('b', 'onebit')), specs)
+  model = Readers(made, (5, 4), experts=experts)
+  x = normal(7, 8)
+  params = model.init(jax.random.key(0), x)['params']
+  found = rules_lib.layers(params)
+  assert {*found['a']} == {'kernel', 'learned_scale'}
+  assert {*found['b']} == {'kernel', 'gain_in', 'gain_out'}
+  for (path, layer), y in zip(
+    found.items(), model.apply({'params': params}, x), strict=True
+  ):
+    spec = made.find(path)
+    for name, value in spec.start(layer['kernel']).items():
+      np.testing.assert_allclose(layer[name], value, rtol=1e-6)
+    source = jnp.asarray(x)
+    if spec.activation != 'none':
+      source = spec.quantize_input(source).dequantize()
+    weight = spec.quantize(layer).dequantize()
+    expected = np.einsum('mk,...kn->m...n', source, weight)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_without_parameters_ends_a_layer_whose_rule_has_one():
+  specs = {
+    name: dict(
+      weight='onebit',
+      activation='none',
+      granularity='channel',
+      output_norm=name == 'normed',
+    )
+    for name in ('normed', 'plain')
+  }
+  x = normal(2, 3, 8)
+  made = rules_lib.make_rules((('a', 'normed'), ('.*', 'plain')), specs)
+  model = Readers(made, (6, 6))
+  params = model.init(jax.random.key(0), x)['params']
+  assert {*params['a']} == {'kernel', 'gain_in', 'gain_out'}
+  params['b'] = params['a']
+  found, plain = model.apply({'params': params}, x)
+  plain = 1e3 * np.float64(plain)  # Beside which the eps is nothing.
+  params['a'] = {**params['a'], 'gain_out': 1e3 * params['a']['gain_out']}
+  found = model.apply({'params': params}, x)[0]
+  expected = plain - plain.mean(-1, keepdims=True)
+  expected /= plain.std(-1, keepdims=True)
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'experts', 'message'),
+  [
+    (dict(granularity='group', group_size=3), 0, '^b: group_size=3 .* 8 inp'),
+    (
+      dict(activation_granularity='group', group_size=5),
+      4,
+      "^b: group_size=5 .*activation_granularity='token'",
+    ),
+    (dict(output_norm=True), 4, '^b is a stack of experts.*output_norm=False'),
+  ],
+)
+def test_a_rule_that_does_not_fit_a_layer_names_it(fields, experts, message):
+  specs = {'full': SPECS['full'], 'wrong': {**SPECS['binary'], **fields}}
+  made = rules_lib.make_rules((('b', 'wrong'), ('.*', 'full')), specs)
+  model = Readers(made, (4, 4), experts=experts)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(model.init, jax.random.key(0), normal(5, 8))
+
+
+def test_inputs_are_shared_only_by_rules_that_quantize_them_alike():
+  x = normal(5, 8)
+  x[2] *= 100
+  specs = {
+    name: {**SPECS['binary'], **fields}
+    for name, fields in {
+      'token': {},
+      'tensor': dict(activation_granularity='tensor'),
+      'group': dict(activation_granularity='group', group_size=2),
+      'int4': dict(activation='int4'),
+    }.items()
+  }
+  made = rules_lib.make_rules(list(zip('abcd', specs, strict=True)), specs)
+  model = Readers(made, (4, 4, 4, 4))
+  params = init(model, x)
+  ys = model.apply({'params': params}, x)
+  for y, layer in zip(ys, 'abcd', strict=True):
+    expected = expected_output(x, params[layer]['kernel'], made.find(layer))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_kernels_start_normal_and_gains_at_1():

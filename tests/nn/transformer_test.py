@@ -1,4 +1,4 @@
-"""The whole model: causality, sizes, caches, remat, sharding of parameters."""
+"""The whole model: causality, sizes, caches, sharding of parameters."""
 
 import functools
 import importlib
@@ -13,6 +13,7 @@ from configs import common
 from configs import pquant
 from qat import sharding
 from qat.nn import attention
+from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import rules as rules_lib
 from tests import tiny
@@ -102,39 +103,6 @@ def test_cached_decoding_is_the_full_forward_pass(method, n_layers):
   assert np.mean(error < 1e-4) >= (1 if method == 'fp' else 0.8)
   # A last bit can move an int8 code of an input to its neighbour.
   assert error.max() < 0.02 * np.abs(expected).max()
-
-
-def test_remat_changes_nothing():
-  found = {}
-  for remat in ('none', 'block'):
-    model = build('pquant', n_layers=1, n_experts=2, remat=remat)
-    params = init(model)
-
-    @jax.jit
-    @jax.value_and_grad
-    def gradient(params, model=model):
-      return jnp.sum(jnp.sin(logits(model, params, TOKENS_BT)))
-
-    found[remat] = gradient(params)
-  assert jax.tree.structure(found['none']) == jax.tree.structure(found['block'])
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    found['none'],
-    found['block'],
-  )
-
-
-def test_remat_keeps_less():
-  kept = {}
-  for remat in ('none', 'block'):
-    model = build('pquant', remat=remat)
-
-    def backward(params, model=model):
-      return jax.vjp(lambda p: logits(model, p, TOKENS_BT), params)[1]
-
-    params = transformer.abstract_params(model)
-    kept[remat] = size(jax.eval_shape(backward, params))
-  assert kept['block'] < kept['none']
 
 
 def test_a_tied_head_is_the_embedding():
@@ -234,7 +202,8 @@ def at_size(size, n_experts, n_layers=None):
   config.model.n_experts = n_experts
   if n_layers is not None:
     config.model.n_layers = n_layers
-  return transformer.abstract_params(transformer.build(config, 'cpu', 1))
+  model = transformer.build(config, 'cpu', 1)
+  return stacked.unstacked(transformer.abstract_params(model))
 
 
 def narrow_size(params):
@@ -289,7 +258,7 @@ def test_every_block_has_the_same_parameters():
 def test_every_parameter_has_a_partition_rule(stem, fields):
   config = importlib.import_module(f'configs.{stem}').get_config('300m')
   config = ConfigDict(config.to_dict())
-  config.model.update({'n_layers': 1, **fields})
+  config.model.update({'n_layers': 1, 'scan_layers': False, **fields})
   for n_experts in (1, 4) if stem == 'pquant' else (1,):
     config.model.n_experts = n_experts
     model = transformer.build(config, 'cpu', 8)

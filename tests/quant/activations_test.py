@@ -15,32 +15,79 @@ def normal(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def slow_int8(x):
-  """127 / max |x| a token, rounded half to even; in float64."""
-  absmax = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-5)
-  return np.round(x * 127 / absmax), absmax / 127
+int8 = activations.QUANTIZERS['int8']
+BITS = {'int8': 8, 'int4': 4}
+ALL = [
+  (n, g) for n in activations.QUANTIZERS for g in activations.GRANULARITIES
+]
+for_all = pytest.mark.parametrize(('name', 'granularity'), ALL)
 
 
-@pytest.mark.parametrize('shape', [(7,), (5, 9), (2, 3, 8), (4, 1)])
-def test_int8_is_the_formula_in_float64(shape):
-  x = normal(*shape)
-  q = activations.int8_per_token(jnp.asarray(x))
-  codes, scale = slow_int8(np.float64(x))
+def slow(name, granularity, group_size, x):
+  """Every scale by itself, rounded half to even; in float64."""
+  most = 2 ** (BITS[name] - 1) - 1
+  x_GI = {
+    'tensor': lambda: x.reshape(1, -1),
+    'token': lambda: x.reshape(-1, x.shape[-1]),
+    'group': lambda: x.reshape(-1, group_size),
+  }[granularity]()
+  scale_G1 = np.maximum(np.abs(x_GI).max(-1, keepdims=True), 1e-5) / most
+  return (x_GI / scale_G1).round().reshape(x.shape), scale_G1.ravel()
+
+
+def group(width):
+  """The largest part of `width` that there are several of."""
+  return max([d for d in range(2, width) if width % d == 0], default=width)
+
+
+@for_all
+@pytest.mark.parametrize('shape', [(9,), (2, 3, 8), (4, 1)])
+def test_codes_and_scales_are_the_formula_in_float64(name, granularity, shape):
+  x, size = normal(*shape), group(shape[-1])
+  q = activations.QUANTIZERS[name](jnp.asarray(x), granularity, size)
+  codes, scale = slow(name, granularity, size, np.float64(x))
   np.testing.assert_array_equal(q.codes, codes)
-  np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
+  np.testing.assert_allclose(np.ravel(q.scale), scale, rtol=1e-6)
+  spread = np.repeat(scale, x.size // scale.size).reshape(shape)
+  np.testing.assert_allclose(q.dequantize(), codes * spread, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', activations.QUANTIZERS)
+@for_all
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_a_quantizer_keeps_its_contract(name, dtype):
+def test_a_quantizer_keeps_its_contract(name, granularity, dtype):
   x = jnp.asarray(normal(2, 3, 8)).astype(dtype)
-  q = activations.QUANTIZERS[name](x)
-  assert q.alphabet in qtensor.ALPHABETS
+  q = activations.QUANTIZERS[name](x, granularity, 4)
+  assert set(np.unique(q.codes)) <= set(qtensor.ALPHABETS[q.alphabet])
+  assert q.alphabet == name
   assert q.codes.shape == (2, 3, 8) and q.codes.dtype == jnp.int8
-  assert q.scale.shape == (2, 3, 1) and q.scale.dtype == jnp.float32
-  alone = activations.QUANTIZERS[name](x.astype(jnp.float32))
+  shapes = {'tensor': (1, 1, 1), 'token': (2, 3, 1), 'group': (2, 3, 2)}
+  assert q.scale.shape == shapes[granularity]
+  assert q.scale.dtype == jnp.float32
+  alone = activations.QUANTIZERS[name](x.astype(jnp.float32), granularity, 4)
   np.testing.assert_array_equal(q.codes, alone.codes)
   np.testing.assert_array_equal(q.scale, alone.scale)
+
+
+@for_all
+def test_what_is_quantized_stays_as_it_is(name, granularity):
+  once = activations.QUANTIZERS[name](jnp.asarray(normal(5, 8)), granularity, 4)
+  again = activations.QUANTIZERS[name](once.dequantize(), granularity, 4)
+  np.testing.assert_array_equal(again.codes, once.codes)
+  np.testing.assert_allclose(again.scale, once.scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(0, 8), (2, 0, 8)])
+@for_all
+def test_an_input_without_tokens_has_no_codes(name, granularity, shape):
+  q = activations.QUANTIZERS[name](jnp.zeros(shape), granularity, 4)
+  assert q.codes.shape == q.dequantize().shape == shape
+
+
+def test_what_cannot_be_quantized_is_refused():
+  with pytest.raises(ValueError, match="'row'.*'tensor', 'token', 'group'"):
+    activations.QUANTIZERS['int8'](jnp.ones((2, 8)), 'row')
+  with pytest.raises(ValueError, match='group_size=3 .* 8 inputs.*divisor'):
+    activations.QUANTIZERS['int8'](jnp.ones((2, 8)), 'group', 3)
 
 
 @pytest.mark.parametrize('name', activations.QUANTIZERS)
@@ -62,8 +109,8 @@ def test_tokens_do_not_see_each_other(name):
 @hypothesis.settings(max_examples=40)
 def test_int8_is_within_half_a_step(shape, seed, size):
   x_MK = (size * normal(*shape, seed=seed)).astype(np.float32)
-  q = activations.int8_per_token(jnp.asarray(x_MK))
-  scale = slow_int8(np.float64(x_MK))[1]
+  q = int8(jnp.asarray(x_MK))
+  scale = slow('int8', 'token', 0, np.float64(x_MK))[1][:, None]
   np.testing.assert_allclose(q.scale, scale, rtol=1e-6)
   assert np.abs(np.int32(q.codes)).max() <= 127
   assert np.all(np.abs(q.dequantize() - x_MK) <= scale * (0.5 + 1e-4))
@@ -73,7 +120,7 @@ def test_int8_is_within_half_a_step(shape, seed, size):
 
 
 def test_a_token_of_zeros_stays_zero_and_finite():
-  q = activations.int8_per_token(jnp.zeros((2, 4)))
+  q = int8(jnp.zeros((2, 4)))
   np.testing.assert_array_equal(q.dequantize(), 0)
   np.testing.assert_allclose(q.scale, 1e-5 / 127, rtol=1e-6)
 
@@ -82,7 +129,7 @@ def test_a_token_of_zeros_stays_zero_and_finite():
 def test_what_is_not_finite_stays_in_its_token(bad):
   x_MK = normal(3, 4)
   x_MK[1, 2] = bad
-  q = jax.jit(activations.int8_per_token)(x_MK)
+  q = jax.jit(int8)(x_MK)
   finite = np.isfinite(q.dequantize())
   np.testing.assert_array_equal(finite.all(-1), [True, False, True])
   assert not np.isfinite(q.scale[1])

@@ -1,5 +1,7 @@
 """Codes, scales and alphabets."""
 
+import dataclasses
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -9,15 +11,26 @@ from qat.quant import qtensor
 
 
 @pytest.mark.parametrize('alphabet', qtensor.ALPHABETS)
-def test_an_alphabet_is_sorted_fits_int8_and_has_its_bits(alphabet):
+def test_an_alphabet_is_sorted_fits_its_codes_and_has_its_bits(alphabet):
   codes = qtensor.ALPHABETS[alphabet]
   assert list(codes) == sorted(set(codes))
-  assert -128 <= codes[0] and codes[-1] <= 127
-  assert qtensor.BITS[alphabet] == pytest.approx(np.log2(len(codes)), abs=0.01)
+  dtype = jnp.float8_e4m3fn if alphabet == 'fp8' else jnp.int8
+  np.testing.assert_array_equal(np.array(codes, dtype).astype('f4'), codes)
+  if alphabet in qtensor.BITS:
+    # 8 bits of float8 tell NaNs and two zeros apart, too: 253 numbers.
+    bits = np.log2(len(codes))
+    assert qtensor.BITS[alphabet] == pytest.approx(bits, abs=0.02)
 
 
 def test_every_number_of_bits_belongs_to_an_alphabet():
-  assert set(qtensor.BITS) == set(qtensor.ALPHABETS)
+  # What a mix needs depends on its shares.
+  assert {*qtensor.BITS, 'binary_mix'} == set(qtensor.ALPHABETS)
+
+
+def test_float8_is_from_minus_448_to_448():
+  codes = qtensor.ALPHABETS['fp8']
+  assert len(codes) == 253 and codes[0] == -448 and codes[-1] == 448
+  assert min(abs(c) for c in codes if c) == 2**-9
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -33,6 +46,38 @@ def test_dequantize_is_codes_times_scale(dtype, scale_shape):
     codes * scale,
     rtol=1e-6 if dtype == jnp.float32 else 2**-8,
   )
+
+
+def test_dequantize_spreads_groups_and_takes_the_zero_point_off():
+  codes = np.arange(-6, 6).astype(np.int8).reshape(6, 2)
+  scale = np.float32([[0.5, 1], [2, 3], [5, 7]])
+  zero = np.int8([[1, -8], [0, 7], [-1, 2]])
+  expected = (codes - np.repeat(zero, 2, 0)) * np.repeat(scale, 2, 0)
+  q = qtensor.QTensor(
+    jnp.asarray(codes), jnp.asarray(scale), 'int4', jnp.asarray(zero)
+  )
+  np.testing.assert_array_equal(q.dequantize(), expected)
+  plain = dataclasses.replace(q, zero=None)
+  expected = codes * np.repeat(scale, 2, 0)
+  np.testing.assert_array_equal(plain.dequantize(), expected)
+
+
+def test_dequantize_adds_what_is_exact():
+  q = qtensor.QTensor(
+    jnp.int8([[1, 0], [-1, 0]]),
+    jnp.float32([[0.5]]),
+    'binary_mix',
+    exact=jnp.bfloat16([[0, 3.25], [0, -9]]),
+  )
+  np.testing.assert_array_equal(q.dequantize(), [[0.5, 3.25], [-0.5, -9]])
+
+
+def test_spread_repeats_each_entry_for_its_group():
+  scale_MG = jnp.float32([[1, 2], [3, 4]])
+  np.testing.assert_array_equal(
+    qtensor.spread(scale_MG, (2, 6)), [[1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4]]
+  )
+  assert qtensor.spread(jnp.ones((1, 6)), (4, 6)).shape == (1, 6)
 
 
 def test_dequantize_rounds_once():

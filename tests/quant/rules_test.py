@@ -1,10 +1,15 @@
 """Rules: what they cover, and what they refuse."""
 
+import dataclasses
+
 import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
+from qat.quant import blocks
+from qat.quant import learned
 from qat.quant import rules
 from qat.quant import weights
 
@@ -74,15 +79,130 @@ def test_a_rule_without_a_layer_is_an_error(pairs):
 @pytest.mark.parametrize(
   ('field', 'choices'),
   [
-    ('weight', ['none', *weights.QUANTIZERS]),
-    ('activation', ['none', 'int8']),
-    ('granularity', [*weights.GRANULARITIES]),
+    ('weight', ['none', *weights.QUANTIZERS, *learned.QUANTIZERS]),
+    ('activation', ['none', 'int8', 'int4']),
+    ('granularity', ['tensor', 'channel', 'group']),
+    ('activation_granularity', ['tensor', 'token', 'group']),
   ],
 )
 def test_a_spec_refuses_what_there_is_not(field, choices):
   with pytest.raises(ValueError, match=f"{field}='fp3'") as error:
     rules.Spec(**(BINARY | {field: 'fp3'}))
   assert all(choice in str(error.value) for choice in choices)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (dict(group_size=0), 'group_size=0 .* at least 1'),
+    (dict(kept_share=1.0), 'kept_share=1.0 .* below 1'),
+    (dict(kept_share=-0.1), 'kept_share=-0.1 .* at least 0'),
+    (dict(kept_share=float('nan')), 'kept_share=nan'),
+    (dict(weight='onebit'), "granularity='tensor' .*'onebit'.* channel"),
+  ],
+)
+def test_a_spec_refuses_numbers_and_pairs_that_mean_nothing(fields, message):
+  with pytest.raises(ValueError, match=message):
+    rules.Spec(**(BINARY | fields))
+
+
+def test_a_spec_has_the_fields_of_a_config():
+  fields = [field.name for field in dataclasses.fields(rules.Spec)]
+  made = common.spec('binary', 'int8')
+  assert {*fields} == {*made}
+  # What a config leaves out is the same here and there.
+  assert dataclasses.asdict(rules.Spec(**BINARY)) == made.to_dict()
+
+
+@pytest.mark.parametrize(
+  ('weight', 'bits'),
+  [
+    ('none', 16),
+    ('binary', 1),
+    ('binary_mix', 0.92 * 1 + 0.08 * 16),
+    ('ternary', 1.58),
+    *((f'int{b}{end}', b) for b in (2, 3, 4, 8) for end in ('', '_asym')),
+    ('fp8', 8),
+    ('onebit', 1),
+    ('lsq3', 3),
+    ('lsq4', 4),
+    ('paretoq1', 1),
+    ('paretoq_ternary', 1.58),
+    ('paretoq2', 2),
+  ],
+)
+def test_the_bits_of_a_weight(weight, bits):
+  spec = rules.Spec(weight, 'none', 'channel')
+  assert spec.bits == pytest.approx(bits)
+  assert rules.Spec('binary_mix', 'none', 'tensor', kept_share=0.5).bits == 8.5
+
+
+def test_the_bits_of_every_weight_are_known():
+  for weight in (*weights.QUANTIZERS, *learned.QUANTIZERS):
+    assert 1 <= rules.Spec(weight, 'none', 'channel').bits <= 8
+
+
+def test_a_width_that_groups_do_not_divide_is_refused():
+  by_group = dict(granularity='group', group_size=4)
+  rules.Spec('binary', 'int8', **by_group).check_width(8)
+  with pytest.raises(ValueError, match="=4 .* 6 inputs.*granularity='channel'"):
+    rules.Spec('lsq4', 'int8', **by_group).check_width(6)
+  spec = rules.Spec('binary', 'int8', 'tensor', 'group', 4)
+  with pytest.raises(ValueError, match="=4 .* 6.*activation_granularity='tok"):
+    spec.check_width(6)
+  # What is not quantized has no groups.
+  rules.Spec('none', 'none', 'group', 'group', 4).check_width(6)
+
+
+@pytest.mark.parametrize('weight', weights.QUANTIZERS)
+@pytest.mark.parametrize('granularity', blocks.AXES)
+def test_without_learned_scales_gradients_pass_straight_through(
+  weight, granularity
+):
+  spec = rules.Spec(weight, 'none', granularity, group_size=2)
+  w_KN, dw_KN = (jax.random.normal(jax.random.key(i), (4, 6)) for i in (0, 1))
+  layer = {'kernel': w_KN}
+  assert not spec.parameters and not spec.start(w_KN)
+  quantized = spec.quantize(layer)
+  value, vjp = jax.vjp(
+    lambda layer: spec.fake_quantize(layer, quantized), layer
+  )
+  np.testing.assert_array_equal(value, quantized.dequantize())
+  np.testing.assert_array_equal(vjp(dw_KN)[0]['kernel'], dw_KN)
+
+
+@pytest.mark.parametrize('weight', learned.QUANTIZERS)
+def test_learned_scales_have_names_and_are_found_beside_the_kernel(weight):
+  spec = rules.Spec(weight, 'none', 'channel')
+  kernel = jax.random.normal(jax.random.key(0), (3, 4, 6))
+  start = spec.start(kernel)
+  assert tuple(start) == spec.parameters != ()
+  assert all(value.shape[0] == 3 for value in start.values())
+  tree = {'block_0': {'q': {'kernel': kernel, **start}, 'norm': {'scale': 1}}}
+  found = rules.layers(tree)
+  assert {*found['block_0/q']} == {'kernel', *spec.parameters}
+  quantized = rules.quantize_kernels(tree, rules.Rules((('.*', spec),)))
+  np.testing.assert_array_equal(
+    quantized['block_0/q'].codes, spec.quantize(found['block_0/q']).codes
+  )
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    dict(activation='int4'),
+    dict(activation_granularity='tensor'),
+    dict(activation_granularity='group'),
+    dict(activation_granularity='group', group_size=8),
+    dict(group_size=8, kept_share=0.5),
+  ],
+)
+def test_inputs_are_shared_by_those_who_quantize_them_alike(changes):
+  spec = rules.Spec(**BINARY)
+  other = rules.Spec(**(BINARY | {'weight': 'ternary'} | changes))
+  alike = not {*changes} & {'activation', 'activation_granularity'}
+  assert (other.input_key == spec.input_key) == alike
 
 
 def test_rules_refuse_what_they_cannot_use():
@@ -93,15 +213,17 @@ def test_rules_refuse_what_they_cannot_use():
 
 
 @pytest.mark.parametrize('weight', weights.QUANTIZERS)
-@pytest.mark.parametrize('granularity', weights.GRANULARITIES)
+@pytest.mark.parametrize('granularity', blocks.AXES)
 def test_a_spec_quantizes_as_it_says(weight, granularity):
-  spec = rules.Spec(weight, 'int8', granularity)
+  spec = rules.Spec(weight, 'int4', granularity, 'group', 2, 0.25)
   w_KN = params()['block_0']['attn']['q']['kernel']
   q = spec.quantize({'kernel': w_KN})
-  expected = weights.QUANTIZERS[weight](w_KN, granularity)
-  np.testing.assert_array_equal(q.codes, expected.codes)
+  more = (0.25,) if weight == 'binary_mix' else ()
+  expected = weights.QUANTIZERS[weight](w_KN, granularity, 2, *more)
+  np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
   np.testing.assert_array_equal(q.scale, expected.scale)
-  assert spec.quantize_input(w_KN).alphabet == 'int8'
+  x = spec.quantize_input(w_KN)
+  assert x.alphabet == 'int4' and x.scale.shape == (4, 3)
 
 
 def test_a_spec_without_quantizers_quantizes_nothing():

@@ -1,0 +1,348 @@
+"""Stacked matrices of which each token meets k: the cost of k, not of all.
+
+The tokens of an expert are brought together, in tiles of equally many rows; a
+tile belongs to one expert and is multiplied by that expert's matrix alone. The
+last tile of an expert is padded with rows of zeros. Shapes are static: M tokens
+with k choices each need at most (k M + E (tile - 1)) / tile tiles, however the
+router divides them, so no token has to be left out.
+
+  place    which slot each choice of a token gets, and the reverse
+  gather   the tokens' codes and scales in the order of the slots
+  product  tile by tile; also of the hidden units, which stay in that order
+  spread   each token's k results
+
+Slots are reached and left by index in both directions of differentiation; no
+float is ever scattered. A padded row is zero, as codes, as scale, as hidden
+units and as a gradient, and adds nothing anywhere.
+
+The letters besides those of the glossary: G groups of tokens, one a device, so
+that no index crosses devices; M tokens of a group; k choices of a token; C
+tiles of a group; S = C * tile slots of a group.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import layout as layout_lib
+from jax.sharding import PartitionSpec as P
+
+from qat.quant import dot
+
+# Of tiles: the left operand contracts its last axis, the right its first or
+# its last.
+_NN = (((2,), (1,)), ((0,), (0,)))
+_NT = (((2,), (2,)), ((0,), (0,)))
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('slot_GkM', 'choice_GS', 'expert_GC'),
+  meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the tokens go.
+
+  Attributes:
+    slot_GkM: int32, the slot of each choice; S: of none, beyond the capacity.
+    choice_GS: int32, the choice in each slot, as an index into k * M; k * M in
+      a padded slot.
+    expert_GC: int32, the expert of each tile.
+  """
+
+  slot_GkM: jax.Array
+  choice_GS: jax.Array
+  expert_GC: jax.Array
+
+  @property
+  def slots(self) -> int:
+    """S, the slots of a group."""
+    return self.choice_GS.shape[1]
+
+  @property
+  def kept_GkM(self) -> jax.Array:
+    """Bool, whether a choice has a slot."""
+    return self.slot_GkM < self.slots
+
+  @property
+  def filled_GS(self) -> jax.Array:
+    """Bool, whether a slot holds a token."""
+    return self.choice_GS < self.slot_GkM[0].size
+
+  @property
+  def token_GS(self) -> jax.Array:
+    """int32, the token in each slot; M in a padded one."""
+    tokens = self.slot_GkM.shape[-1]
+    return jnp.where(self.filled_GS, self.choice_GS % tokens, tokens)
+
+  @property
+  def expert_GS(self) -> jax.Array:
+    """int32, the expert of each slot."""
+    tile = self.slots // self.expert_GC.shape[1]
+    return jnp.repeat(self.expert_GC, tile, axis=1)
+
+
+def groups(batch: int) -> int:
+  """G: the devices of the mesh, or 1 where they cannot share the batch."""
+  devices = jax.sharding.get_abstract_mesh().size
+  return devices if devices and batch % devices == 0 else 1
+
+
+def place(
+  expert_GkM: jax.Array, n_experts: int, tile: int, capacity: int | None = None
+) -> Layout:
+  """Gives every choice a slot among those of its expert.
+
+  Args:
+    expert_GkM: int, the k different experts of each token.
+    n_experts: E.
+    tile: rows of a tile; fewer where there are not as many tokens.
+    capacity: choices that an expert of a group takes at most, first choices
+      before second ones and then in the order of the tokens; None: all.
+  """
+  groups, k, tokens = expert_GkM.shape
+  tile = min(tile, tokens)
+  capacity = min(tokens if capacity is None else capacity, tokens)
+  choices = k * tokens
+  n_tiles = min(
+    (choices + n_experts * (tile - 1)) // tile,
+    n_experts * -(-capacity // tile),
+  )
+  expert_Gn = expert_GkM.reshape(groups, choices)
+  hit_GnE = jax.nn.one_hot(expert_Gn, n_experts, dtype=jnp.int32)
+  upto_GnE = jnp.cumsum(hit_GnE, axis=1)
+  load_GE = jnp.minimum(upto_GnE[:, -1], capacity)
+  tiles_GE = -(-load_GE // tile)
+  end_GE = jnp.cumsum(tiles_GE, axis=1)
+  first_GE = (end_GE - tiles_GE) * tile
+  rank_Gn = jnp.sum(hit_GnE * upto_GnE, -1) - 1
+  first_Gn = jnp.sum(hit_GnE * first_GE[:, None], -1)
+  slot_Gn = jnp.where(rank_Gn < capacity, first_Gn + rank_Gn, n_tiles * tile)
+  choice_GS = jax.vmap(
+    lambda slot_n: (
+      jnp.full((n_tiles * tile,), choices, jnp.int32)
+      .at[slot_n]
+      .set(jnp.arange(choices, dtype=jnp.int32), mode='drop')
+    )
+  )(slot_Gn)
+  before_GCE = end_GE[:, None] <= jnp.arange(n_tiles)[None, :, None]
+  # Tiles that nobody needs go to the last expert.
+  expert_GC = jnp.minimum(jnp.sum(before_GCE, -1), n_experts - 1)
+  return Layout(
+    slot_Gn.reshape(expert_GkM.shape).astype(jnp.int32),
+    choice_GS,
+    expert_GC.astype(jnp.int32),
+  )
+
+
+def project(
+  pairs: Sequence[tuple[dot.Operand, dot.Operand]],
+  layout: Layout,
+  method: dot.Method,
+) -> list[jax.Array]:
+  """Brings tokens to their experts and multiplies.
+
+  Args:
+    pairs: inputs `[B, T, K]` and stacks `[E, K, N]`. An input that several
+      pairs share is gathered once.
+    layout: of the tokens.
+    method: how to multiply.
+
+  Returns:
+    For each pair float32 `[G, S, N]`.
+  """
+  gathered: dict[int, dot.Operand] = {}
+  for x, _ in pairs:
+    if id(x) not in gathered:
+      gathered[id(x)] = gather(x, layout)
+  return [product(gathered[id(x)], w, layout, method) for x, w in pairs]
+
+
+def gather(x: dot.Operand, layout: Layout) -> dot.Operand:
+  """An input `[B, T, K]` in the order of the slots: `[G, S, K]`."""
+  groups, _, tokens = layout.slot_GkM.shape
+
+  def rows(leaf):
+    leaf = jnp.broadcast_to(leaf, (*x.value.shape[:-1], leaf.shape[-1]))
+    return leaf.reshape(groups, tokens, -1)
+
+  value = _gather(rows(x.value), layout)
+  quantized = jax.tree.map(
+    lambda leaf: _rows(rows(leaf), layout.token_GS), x.quantized
+  )
+  return dot.Operand(value, quantized)
+
+
+def product(
+  x: dot.Operand, weight: dot.Operand, layout: Layout, method: dot.Method
+) -> jax.Array:
+  """Multiplies each slot by the matrix of its expert.
+
+  Args:
+    x: `[G, S, K]`, in the order of the slots.
+    weight: a stack `[E, K, N]`.
+    layout: of the tokens.
+    method: how to multiply.
+
+  Returns:
+    float32 `[G, S, N]`.
+  """
+  codes_GSK, scale_GS1 = dot.parts(x, -1, method)
+  codes_EKN, scale_E1N = dot.parts(weight, -2, method)
+  if scale_E1N is not None:
+    stack = (weight.value.shape[0], *scale_E1N.shape[1:])
+    scale_E1N = jnp.broadcast_to(scale_E1N, stack)
+  return _product(
+    x.value,
+    codes_GSK,
+    scale_GS1,
+    weight.value,
+    codes_EKN,
+    scale_E1N,
+    layout.expert_GC,
+    method,
+  )
+
+
+@jax.custom_vjp
+def spread(y_GSN: jax.Array, layout: Layout) -> jax.Array:
+  """Each token's results, `[G, k, M, N]`; 0 for a choice without a slot."""
+  y_GnN = _rows(y_GSN, _flat(layout))
+  return y_GnN.reshape(*layout.slot_GkM.shape, -1)
+
+
+def _spread_bwd(layout, dy_GkMN):
+  dy_GnN = dy_GkMN.reshape(*_flat(layout).shape, -1)
+  return _rows(dy_GnN, layout.choice_GS), None
+
+
+spread.defvjp(lambda y, layout: (spread(y, layout), layout), _spread_bwd)
+
+
+@jax.custom_vjp
+def _gather(x_GMK: jax.Array, layout: Layout) -> jax.Array:
+  return _rows(x_GMK, layout.token_GS)
+
+
+def _gather_bwd(layout, dx_GSK):
+  dx_GnK = _rows(dx_GSK, _flat(layout))
+  dx_GkMK = dx_GnK.reshape(*layout.slot_GkM.shape, -1)
+  if dx_GkMK.shape[1] == 1:
+    return dx_GkMK[:, 0], None
+  total = jnp.sum(dx_GkMK, axis=1, dtype=jnp.float32)
+  return total.astype(dx_GSK.dtype), None
+
+
+_gather.defvjp(lambda x, layout: (_gather(x, layout), layout), _gather_bwd)
+
+
+def _flat(layout: Layout) -> jax.Array:
+  return layout.slot_GkM.reshape(len(layout.slot_GkM), -1)
+
+
+def _rows(x_GRK: jax.Array, index_GS: jax.Array) -> jax.Array:
+  """Rows by number; zeros for a number that there is not."""
+
+  def take(x_RK, index_S):
+    return x_RK.at[index_S].get(mode='fill', fill_value=0)
+
+  return jax.vmap(take)(x_GRK, index_GS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _product(x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method):
+  arguments = (x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method)
+  return _product_fwd(*arguments)[0]
+
+
+def _product_fwd(x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method):
+  x_GSK = x.astype(method.dtype) if codes_x is None else codes_x
+  w_EKN = w.astype(method.dtype) if codes_w is None else codes_w
+  if method.gather_codes and codes_w is not None:
+    # As in `dot`: codes are exchanged between devices rather than floats.
+    w_EKN = lax.optimization_barrier(w_EKN)
+    w_EKN = lax.with_sharding_constraint(w_EKN, P())
+  if method.row_major and codes_w is not None:
+    w_EKN = layout_lib.with_layout_constraint(
+      w_EKN, layout_lib.Layout((0, 1, 2))
+    )
+  expert_T = expert_GC.reshape(-1)
+  multiply = jax.vmap(functools.partial(dot.product, method=method))
+  y_TtN = multiply(_tiles(x_GSK, expert_T), w_EKN[expert_T])
+  if scale_w is not None:
+    y_TtN = y_TtN * scale_w[expert_T]
+  y_GSN = y_TtN.reshape(*x_GSK.shape[:2], -1)
+  if scale_x is not None:
+    y_GSN = y_GSN * scale_x
+  like = (jnp.zeros((0,), x.dtype), jnp.zeros((0,), w.dtype))
+  return y_GSN, (x_GSK, scale_x, w_EKN, scale_w, expert_GC, like)
+
+
+def _product_bwd(method, residuals, dy_GSN):
+  x_GSK, scale_x, w_EKN, scale_w, expert_GC, (x_like, w_like) = residuals
+  expert_T = expert_GC.reshape(-1)
+  dy_TtN = _tiles(dy_GSN, expert_T)
+  if scale_w is not None:
+    dy_TtN = dy_TtN * scale_w[expert_T]
+  dx_TtK = lax.dot_general(
+    dy_TtN.astype(method.dtype),
+    w_EKN[expert_T].astype(method.dtype),
+    _NT,
+    preferred_element_type=jnp.float32,
+  )
+  dy_x_GSN = dy_GSN if scale_x is None else dy_GSN * scale_x
+  tiled = (*expert_GC.shape, x_GSK.shape[1] // expert_GC.shape[1], -1)
+  dw_GEKN = jax.vmap(
+    functools.partial(_by_expert, n_experts=len(w_EKN), method=method)
+  )(
+    x_GSK.reshape(tiled),
+    dy_x_GSN.astype(method.dtype).reshape(tiled),
+    expert_GC,
+  )
+  dx = dx_TtK.reshape(x_GSK.shape).astype(x_like.dtype)
+  dw = jnp.sum(dw_GEKN, axis=0).astype(w_like.dtype)
+  return dx, None, None, dw, None, None, None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _tiles(x_GSK: jax.Array, expert_T: jax.Array) -> jax.Array:
+  return x_GSK.reshape(len(expert_T), -1, x_GSK.shape[-1])
+
+
+def _by_expert(x_CtK, y_CtN, expert_C, n_experts: int, method: dot.Method):
+  """x^T @ y of every tile, summed over the tiles of each expert: `[E, K, N]`.
+
+  The narrower operand is the one that is transposed.
+  """
+  if x_CtK.shape[-1] > y_CtN.shape[-1]:
+    return _by_expert(y_CtN, x_CtK, expert_C, n_experts, method).swapaxes(1, 2)
+  x_CKt = x_CtK.swapaxes(1, 2)
+  shape = (n_experts, x_CKt.shape[1], y_CtN.shape[2])
+  if method.transpose_in_loop:
+
+    def add(total_EKN, tile):
+      x_Kt, y_tN, expert = tile
+      part_KN = lax.dot(
+        x_Kt.astype(method.dtype),
+        y_tN.astype(method.dtype),
+        preferred_element_type=jnp.float32,
+      )
+      return total_EKN.at[expert].add(part_KN), None
+
+    zeros_EKN = jnp.zeros(shape, jnp.float32)
+    return lax.scan(add, zeros_EKN, (x_CKt, y_CtN, expert_C))[0]
+  part_CKN = lax.dot_general(
+    x_CKt.astype(method.dtype),
+    y_CtN.astype(method.dtype),
+    _NN,
+    preferred_element_type=jnp.float32,
+  )
+  mine_EC = jax.nn.one_hot(expert_C, n_experts, axis=0)
+  # 'highest': accelerators would round the sums of the tiles.
+  return jnp.tensordot(mine_EC, part_CKN, 1, precision='highest')

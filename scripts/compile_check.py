@@ -1,0 +1,259 @@
+"""Compiles a run's training step for accelerators that are not there.
+
+  python scripts/compile_check.py --config=configs/pquant.py:1.3b \
+      --target=v5p:2x2x1,h200 --config.data.batch_size=16
+  python scripts/compile_check.py --config=configs/bitnet.py:300m \
+      --target=h200 --config.data.batch_size=4 --json | jq .
+
+It is the step that `python -m qat.main` would run on those devices, compiled by
+the compilers of their makers. NOTHING IS RUN: memory is what the compiler laid
+out, and there is no speed. Any field of the config can be set, as for qat.main;
+data.batch_size is of all devices together. Each target is compiled in a process
+of its own, because some errors of a compiler end the process.
+
+TPUs need the Python package libtpu, GPUs the plugin of jax and nvcc; both come
+from PyPI, and the command is told where they are missing.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+from jax import errors as jax_errors
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+from rich import console as rich_console
+from rich import table as rich_table
+
+from qat import config as config_lib
+from qat import display
+from qat import flops
+from qat import hlo
+from qat import sharding
+from qat import step as step_lib
+from qat import targets
+
+NOTE = (
+  'Nothing was run: these are the figures of the compilers, on a machine'
+  ' without these devices.'
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command line; returns the exit status."""
+  options, fields = _parser().parse_known_args(arguments)
+  try:
+    config = _config(options.config, fields)
+    chosen = [targets.parse(name) for name in options.target.split(',')]
+    if options.probe:
+      found = probe(config, chosen[0])
+      pathlib.Path(options.probe).write_text(json.dumps(found))
+      return 0
+    lacking = [text for t in chosen if (text := targets.missing(t))]
+    if lacking:
+      raise ValueError('\n'.join(dict.fromkeys(lacking)))
+  except ValueError as error:
+    print(f'Error: {error}', file=sys.stderr)
+    return 2
+  console = rich_console.Console(stderr=options.json)
+  results = []
+  for target in chosen:
+    with console.status(f'Compiling {config.name} for {target.name}'):
+      results.append(_in_a_process(target, arguments))
+  if options.json:
+    print(json.dumps({'note': NOTE, 'results': results}, indent=2))
+  else:
+    _show(console, config.name, results)
+  return 0 if all(r['error'] is None for r in results) else 1
+
+
+def _config(path: str, fields: list[str]) -> ConfigDict:
+  """The config at `path` with '--config.x=y' applied, as qat.main reads it."""
+  values = flags.FlagValues()
+  words = ['compile_check', f'--config={path}', *fields]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=words)
+  try:
+    rest = values(words)[1:]
+    if rest:
+      raise ValueError(f'unknown arguments {" ".join(rest)}')
+    _ = values.config.name  # Where the file is missing, this says so.
+  except Exception as error:  # What a config file raises is the user's too.
+    text = str(error.args[0] if error.args else error).strip()
+    # Of a traceback of the config file, the last line says it.
+    raise ValueError(f'{text.splitlines()[-1]}; see --help.') from error
+  return values.config
+
+
+def probe(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+  """Compiles in this process; returns what the compiler tells.
+
+  Args:
+    config: a locked config.
+    target: the devices; this process was started with their `environment`.
+
+  Returns:
+    The figures by name, bytes of memory on each device; 'error' is None, or
+    why there are none.
+
+  Raises:
+    ValueError: the config cannot run on these devices.
+  """
+  devices = targets.devices(target)
+  config_lib.check(config, devices=len(devices), platform=devices[0].platform)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  found = _result(target) | {
+    'kind': devices[0].device_kind,
+    'devices': len(devices),
+    'mesh': dict(mesh.shape),
+  }
+  start = time.monotonic()
+  try:
+    program = step_lib.compile_program(config, mesh)
+  except jax_errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return found | {'error': _first_line(str(error))}
+  seconds = time.monotonic() - start
+  compiled = program.train_step
+  memory = compiled.memory_analysis()
+  tokens = config.data.batch_size * config.data.seq_len
+  needed = flops.train_flops_per_token(config, program.abstract.params)
+  return found | {
+    'compile_seconds': round(seconds, 1),
+    'tokens_per_device': tokens // len(devices),
+    'argument_bytes': memory.argument_size_in_bytes,
+    'output_bytes': memory.output_size_in_bytes,
+    'reused_bytes': memory.alias_size_in_bytes,
+    'temporary_bytes': memory.temp_size_in_bytes,
+    'peak_bytes': memory.peak_memory_in_bytes,
+    'needed_flops': needed * tokens / len(devices),
+    'compiler_flops': (compiled.cost_analysis() or {}).get('flops'),
+    'collectives': {
+      kind: vars(each)
+      for kind, each in hlo.collectives(compiled.as_text()).items()
+    },
+  }
+
+
+def _result(target: targets.Target) -> dict[str, Any]:
+  memory = targets.MEMORY[target.kind]
+  return {'target': target.name, 'memory_bytes': memory, 'error': None}
+
+
+def _in_a_process(
+  target: targets.Target, arguments: Sequence[str]
+) -> dict[str, Any]:
+  """What `probe` returns, from a process of its own."""
+  with tempfile.TemporaryDirectory() as folder:
+    answer = pathlib.Path(folder) / 'answer.json'
+    child = subprocess.run(
+      [
+        sys.executable,
+        __file__,
+        *arguments,
+        f'--probe={answer}',
+        f'--target={target.name}',
+      ],
+      env=targets.environment(target, os.environ),
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    if child.returncode == 0:
+      return json.loads(answer.read_text())
+  lines = (child.stdout + child.stderr).strip().splitlines()
+  message = '\n'.join(lines[-8:])
+  if child.returncode < 0:
+    name = signal.Signals(-child.returncode).name
+    message = f'The compiler ended its process with {name}. {message}'
+  return _result(target) | {'error': message.removeprefix('Error: ')}
+
+
+def _first_line(text: str) -> str:
+  return text.strip().splitlines()[0]
+
+
+def _show(
+  console: rich_console.Console, name: str, results: list[dict[str, Any]]
+) -> None:
+  good = [result for result in results if result['error'] is None]
+  table = rich_table.Table(title=name)
+  table.add_column('on each device')
+  for result in good:
+    table.add_column(result['target'], justify='right')
+
+  def size(key: str):
+    return lambda r: f'{r[key] / 1e9:.2f} GB'
+
+  def row(label, text):
+    table.add_row(label, *map(text, good))
+
+  row('devices of the mesh', lambda r: ' x '.join(map(str, r['mesh'].values())))
+  row('compile time', lambda r: f'{r["compile_seconds"]:.0f} s')
+  row('tokens of a step', lambda r: f'{r["tokens_per_device"]:,}')
+  row('arguments', size('argument_bytes'))
+  row('outputs', size('output_bytes'))
+  row('  in the place of arguments', size('reused_bytes'))
+  row('temporaries', size('temporary_bytes'))
+  row('peak', size('peak_bytes'))
+  row('  of its memory', size('memory_bytes'))
+  row(
+    '', lambda r: 'fits' if r['peak_bytes'] < r['memory_bytes'] else 'NO ROOM'
+  )
+  row('FLOPs that a step needs', lambda r: display.count(r['needed_flops']))
+  row('FLOPs, loops counted once', lambda r: _count(r['compiler_flops']))
+  for kind in hlo.KINDS:
+    if any(kind in r['collectives'] for r in good):
+      row(kind, lambda r, kind=kind: _exchange(r['collectives'].get(kind)))
+  if good:
+    console.print(table)
+  for result in results:
+    if result['error'] is not None:
+      console.print(f'{result["target"]}: {result["error"]}', markup=False)
+  console.print(NOTE)
+
+
+def _count(number: float | None) -> str:
+  return 'not told' if number is None else display.count(number)
+
+
+def _exchange(found: dict[str, int] | None) -> str:
+  if found is None:
+    return '-'
+  some = ' or more' if found['unknown'] else ''
+  return f'{found["bytes"] / 1e6:,.1f} MB{some} in {found["count"]}'
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    '--config', required=True, help='config file, with a size'
+  )
+  parser.add_argument(
+    '--target',
+    required=True,
+    help='comma-separated: slices of TPUs as v5p:2x2x1; h200, or h200:8',
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='print the figures as JSON, in bytes'
+  )
+  parser.add_argument('--probe', help=argparse.SUPPRESS)
+  return parser
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
