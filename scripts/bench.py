@@ -86,6 +86,7 @@ def _config(module, changes: dict, args: argparse.Namespace):
     )
     config.data.seq_len = args.seq_len
   config.data.batch_size = args.batch
+  config.optim.accumulate = args.accumulate
   config.train.steps = 10_000
   config.update_from_flattened_dict(changes)
   return config.lock()
@@ -282,6 +283,7 @@ def main(argv: list[str]) -> int:
     ('vocabulary', 8192, 'tokens of the vocabulary'),
     ('seq_len', 256, 'tokens of a sequence'),
     ('batch', 16, 'sequences of a step'),
+    ('accumulate', 1, 'parts that a step computes in turn, except of plain'),
   ):
     command.add_argument(
       f'--{name.replace("_", "-")}', type=int, default=value, help=meaning

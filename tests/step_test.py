@@ -258,7 +258,7 @@ def compiled_for(method, mesh):
     *itertools.product(['fp', 'bitnet'], MESHES),
     pytest.param('pquant', 'data=8', marks=pytest.mark.slow),
     ('pquant', 'fsdp=8'),
-    ('pquant', 'data=2,fsdp=4'),
+    pytest.param('pquant', 'data=2,fsdp=4', marks=pytest.mark.slow),
     pytest.param('pquant8', 'data=8', marks=pytest.mark.slow),
     pytest.param('pquant8', 'fsdp=8', marks=pytest.mark.slow),
     ('pquant8', 'data=2,fsdp=4'),

@@ -268,6 +268,7 @@ def test_ternary_layers_log_their_zeros(cache_dir, tmp_path):
   assert all(0 < share < 1 for share in zeros)
 
 
+@pytest.mark.slow
 @pytest.mark.all_devices
 def test_parameters_may_be_split(cache_dir, tmp_path):
   changes = {'train.steps': 4, 'mesh.data': 4, 'mesh.fsdp': 2}

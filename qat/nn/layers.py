@@ -41,14 +41,38 @@ def _rms_norm_fwd(x, gain_D, eps):
 
 def _rms_norm_bwd(eps, residuals, dy):
   x, gain_D = residuals
-  x32, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-  inverse = _inverse_rms(x32, eps)
-  normed = x32 * inverse
-  dgain_D = jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
-  dnormed = dy * _last_axis(gain_D, x.ndim)
-  projection = jnp.mean(dnormed * normed, -1, keepdims=True)
-  dx = inverse * (dnormed - normed * projection)
-  return dx.astype(x.dtype), dgain_D.astype(gain_D.dtype)
+  dx_MD, dgain_D = jax.lax.platform_dependent(
+    x.reshape(-1, x.shape[-1]).astype(jnp.float32),
+    gain_D.astype(jnp.float32),
+    dy.reshape(-1, x.shape[-1]).astype(jnp.float32),
+    cpu=functools.partial(_rms_norm_gradients_on_cpu, eps),
+    default=functools.partial(_rms_norm_gradients, eps),
+  )
+  return dx_MD.reshape(x.shape).astype(x.dtype), dgain_D.astype(gain_D.dtype)
+
+
+def _rms_norm_gradients(eps, x_MD, gain_D, dy_MD):
+  inverse_M1 = _inverse_rms(x_MD, eps)
+  normed_MD = x_MD * inverse_M1
+  dgain_D = jnp.sum(dy_MD * normed_MD, axis=0)
+  dnormed_MD = dy_MD * gain_D[None]
+  projection_M1 = jnp.mean(dnormed_MD * normed_MD, -1, keepdims=True)
+  return inverse_M1 * (dnormed_MD - normed_MD * projection_M1), dgain_D
+
+
+def _rms_norm_gradients_on_cpu(eps, x_MD, gain_D, dy_MD):
+  """The same with the two large sums as products of one array x * dy.
+
+  XLA:CPU reduces by a library that wants its operands in memory, the gain
+  repeated for each row among them; so written, a third of the time is left.
+  """
+  inverse_M1 = jax.lax.optimization_barrier(_inverse_rms(x_MD, eps))
+  both_MD = jax.lax.optimization_barrier(x_MD * dy_MD)
+  dgain_D = (inverse_M1.reshape(1, -1) @ both_MD)[0]
+  projection_M1 = jax.lax.optimization_barrier(
+    (both_MD @ gain_D)[:, None] * (inverse_M1**3 / x_MD.shape[-1])
+  )
+  return dy_MD * gain_D[None] * inverse_M1 - x_MD * projection_M1, dgain_D
 
 
 rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)

@@ -315,6 +315,7 @@ def test_the_axis_of_layers_is_never_split():
   assert split == 4 + 3 + 3 + 1
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_a_scanned_model_like_one_device():
   fields = {'model.remat': 'dots', 'optim.accumulate': 1}
   axes = {'mesh.data': 2, 'mesh.fsdp': 4}
