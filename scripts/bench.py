@@ -135,7 +135,8 @@ def _plain(args: argparse.Namespace) -> Variant:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
   """Times the training steps; returns and prints what was measured."""
-  console = rich_console.Console()
+  # Wide enough for the table where nobody says how wide it may be.
+  console = rich_console.Console(width=None if sys.stdout.isatty() else 110)
   variants = []
   for name in args.methods.split(','):
     with console.status(f'Compiling {name}'):
@@ -209,7 +210,7 @@ def _print(console: rich_console.Console, result: dict, base: str) -> None:
     'temporaries',
     'memory',
   ):
-    table.add_column(name, justify='right')
+    table.add_column(name, justify='right', no_wrap=True)
   for name, row in result['rows'].items():
     table.add_row(
       name,
