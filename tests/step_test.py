@@ -152,7 +152,9 @@ def test_the_balance_term_pulls_but_is_not_in_the_loss():
 # ------------------------------------------------------------- random numbers
 
 
-@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize(
+  'accumulate', [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_a_router_gets_other_noise_in_every_step(accumulate):
   fields = {
     'model.router_jitter': 0.5,

@@ -253,6 +253,7 @@ def test_a_vocabulary_too_small_is_refused(cache_dir, tmp_path):
     train.run(config, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_ternary_layers_log_their_zeros(cache_dir, tmp_path):
   from configs import bitnet_b158
 
