@@ -80,18 +80,12 @@ def study(
   fixed for a run, and the same for all runs with its seed.
   """
   config = program.config
-  loader = loader_lib.TrainLoader(
+  tokens_BT = loader_lib.calibration_batch(
     dataset.path,
     seq_len=config.data.seq_len,
-    batch_size=config.sensitivity.sequences,
+    sequences=config.sensitivity.sequences,
     seed=config.seed + 1,
-    process_index=0,
-    process_count=1,
-    workers=0,
-    threads=0,
   )
-  tokens_BT = next(loader)['tokens']
-  loader.close()
   if program.mesh.size > 1:  # Every device then studies the whole.
     whole = NamedSharding(program.mesh, P())
     params = jax.jit(lambda p: p, out_shardings=whole)(params)

@@ -27,6 +27,7 @@ from qat import charts
 from qat import display
 from qat import history
 from qat import metrics
+from qat import plots
 from qat import sensitivity_pictures
 
 FILE = 'report.html'
@@ -92,11 +93,7 @@ def page(run: history.Run) -> str:
       size = 'full' if i == len(drawn) - 1 and i % 2 == 0 else 'half'
       name = f'chart-{len(figures)}'
       figures[name] = {'data': chart.data, 'layout': chart.layout}
-      content.append(
-        f'<section class="card {size}"><h3>{chart.title}</h3>'
-        f'<p class="caption">{chart.caption}</p>'
-        f'<div class="chart" id="{name}"></div></section>'
-      )
+      content.append(card(chart, name, size))
     content.append('</div>' if drawn else '')
     content.append(more)
   name = str(_setting(run.config, 'name') or 'A run')
@@ -120,6 +117,15 @@ def main(arguments: Sequence[str]) -> int:
     print(display.printable(str(error)), file=sys.stderr)
     return 1
   return 0
+
+
+def card(chart: plots.Chart, name: str, size: str) -> str:
+  """A chart's place on a page: 'half' or 'full' as wide; `fill` draws it."""
+  return (
+    f'<section class="card {size}"><h3>{chart.title}</h3>'
+    f'<p class="caption">{chart.caption}</p>'
+    f'<div class="chart" id="{name}"></div></section>'
+  )
 
 
 def fill(name: str, body: str, figures: Mapping[str, Any]) -> str:

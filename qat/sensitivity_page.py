@@ -43,11 +43,7 @@ def page(made: sensitivity_study.Study) -> str:
   for i, chart in enumerate(_charts(made.runs)):
     name = f'chart-{i}'
     figures[name] = {'data': chart.data, 'layout': chart.layout}
-    cards.append(
-      f'<section class="card half"><h3>{chart.title}</h3>'
-      f'<p class="caption">{chart.caption}</p>'
-      f'<div class="chart" id="{name}"></div></section>'
-    )
+    cards.append(report.card(chart, name, 'half'))
   links = ''.join(
     f'<a href="#{title.lower()}">{title}</a>'
     for title in ('Numbers', 'Maps', 'Curves', 'Runs')

@@ -124,7 +124,12 @@ def study(
     seed=configs[0].seed + 1 if seed is None else seed,
     damping=own.damping if damping is None else damping,
   )
-  tokens_BT = _batch(calibration)
+  tokens_BT = loader_lib.calibration_batch(
+    calibration.dataset,
+    seq_len=calibration.seq_len,
+    sequences=calibration.sequences,
+    seed=calibration.seed,
+  )
   all_paths = [_paths(config, tokens_BT) for config in configs]
   chosen = [
     _choose(layer, paths, config, workdir)
@@ -202,22 +207,6 @@ def _common_dataset(
 
 def _tokenizer(dataset: dataset_lib.Dataset) -> str:
   return dataset.manifest['tokenizer_sha256']
-
-
-def _batch(calibration: Calibration) -> np.ndarray:
-  reader = loader_lib.TrainLoader(
-    calibration.dataset,
-    seq_len=calibration.seq_len,
-    batch_size=calibration.sequences,
-    seed=calibration.seed,
-    process_index=0,
-    process_count=1,
-    workers=0,
-    threads=0,
-  )
-  tokens_BT = next(reader)['tokens']
-  reader.close()
-  return tokens_BT
 
 
 def _paths(config: ConfigDict, tokens_BT: np.ndarray) -> list[str]:

@@ -196,16 +196,8 @@ def other_text(folder: pathlib.Path, tokenizer: pathlib.Path) -> pathlib.Path:
       json.dumps({'text': f'{i} a calm sea ' * 9}) + '\n' for i in range(60)
     )
   )
-  options = prepare.Options(
-    vocab_size=None,
-    tokenizer=str(tokenizer),
-    tokenizer_bytes=1,
-    end_of_text='<|endoftext|>',
-    field='text',
-    split=None,
-    valid_fraction=0.2,
-    seed=0,
-    shard_tokens=100_000,
+  options = tiny.options(
+    vocab_size=None, tokenizer=str(tokenizer), tokenizer_bytes=1
   )
   return prepare.prepare([str(source)], folder / 'other', options)
 

@@ -87,17 +87,9 @@ def batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
   return {'tokens': window[:, :-1], 'targets': window[:, 1:]}
 
 
-def dataset(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  """A data set of 280 tokens in `folder / 'set'`, prepared from words."""
-  rng = np.random.default_rng(seed)
-  words = 'the sea was calm and a ship, Élise said; under “grey” skies: 日本 🙂'
-  texts = [
-    f'{i} ' + ' '.join(rng.choice(words.split(), rng.integers(1, 200)))
-    for i in range(60)
-  ]
-  source = folder / 'texts.jsonl'
-  source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
-  options = prepare.Options(
+def options(**changes: object) -> prepare.Options:
+  """How a small text is prepared, with `changes`."""
+  fields = dict(
     vocab_size=280,
     tokenizer=None,
     tokenizer_bytes=1 << 30,
@@ -108,4 +100,17 @@ def dataset(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     seed=0,
     shard_tokens=100_000,
   )
-  return prepare.prepare([str(source)], folder / 'set', options)
+  return prepare.Options(**fields | changes)
+
+
+def dataset(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+  """A data set of 280 tokens in `folder / 'set'`, prepared from words."""
+  rng = np.random.default_rng(seed)
+  words = 'the sea was calm and a ship, Élise said; under “grey” skies: 日本 🙂'
+  texts = [
+    f'{i} ' + ' '.join(rng.choice(words.split(), rng.integers(1, 200)))
+    for i in range(60)
+  ]
+  source = folder / 'texts.jsonl'
+  source.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+  return prepare.prepare([str(source)], folder / 'set', options())

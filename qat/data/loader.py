@@ -207,6 +207,27 @@ class TrainLoader:
     self._unusable = unusable
 
 
+def calibration_batch(
+  dataset: str | os.PathLike[str], *, seq_len: int, sequences: int, seed: int
+) -> np.ndarray:
+  """Tokens `[sequences, seq_len]` of the training split, fixed by the seed.
+
+  The same in every process, and whatever the run reads beside it.
+  """
+  loader = TrainLoader(
+    dataset,
+    seq_len=seq_len,
+    batch_size=sequences,
+    seed=seed,
+    process_index=0,
+    process_count=1,
+    workers=0,
+    threads=0,
+  )
+  with loader:
+    return next(loader)['tokens']
+
+
 def eval_batches(
   dataset: str | os.PathLike[str],
   *,

@@ -27,8 +27,6 @@ import functools
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jax.experimental import layout as layout_lib
-from jax.sharding import PartitionSpec as P
 
 from qat.quant import dot
 
@@ -262,14 +260,8 @@ def _product(x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method):
 def _product_fwd(x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method):
   x_GSK = x.astype(method.dtype) if codes_x is None else codes_x
   w_EKN = w.astype(method.dtype) if codes_w is None else codes_w
-  if method.gather_codes and codes_w is not None:
-    # As in `dot`: codes are exchanged between devices rather than floats.
-    w_EKN = lax.optimization_barrier(w_EKN)
-    w_EKN = lax.with_sharding_constraint(w_EKN, P())
-  if method.row_major and codes_w is not None:
-    w_EKN = layout_lib.with_layout_constraint(
-      w_EKN, layout_lib.Layout((0, 1, 2))
-    )
+  if codes_w is not None:
+    w_EKN = dot.hold_codes(w_EKN, method)
   expert_T = expert_GC.reshape(-1)
   multiply = jax.vmap(functools.partial(dot.product, method=method))
   y_TtN = multiply(_tiles(x_GSK, expert_T), w_EKN[expert_T])

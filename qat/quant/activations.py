@@ -6,6 +6,7 @@ import functools
 import jax
 from jax import numpy as jnp
 
+from qat.quant import blocks
 from qat.quant import qtensor
 
 # What shares a scale: all inputs of a step, those of a token (a row), or groups
@@ -69,11 +70,8 @@ def check(granularity: str, group_size: int, width: int) -> None:
       f'No activation_granularity {granularity!r}; choose one of'
       f' {list(GRANULARITIES)}.'
     )
-  if granularity == 'group' and (group_size < 1 or width % group_size):
-    raise ValueError(
-      f'group_size={group_size} does not divide the {width} inputs of a'
-      " layer; take a divisor of them, or activation_granularity='token'."
-    )
+  if granularity == 'group':
+    blocks.check_groups(group_size, width, "activation_granularity='token'")
 
 
 QUANTIZERS: dict[str, Callable[..., qtensor.QTensor]] = {

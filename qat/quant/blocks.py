@@ -18,10 +18,22 @@ def check(granularity: str, group_size: int, width: int) -> None:
     raise ValueError(
       f'No granularity {granularity!r}; choose one of {list(AXES)}.'
     )
-  if granularity == 'group' and (group_size < 1 or width % group_size):
+  if granularity == 'group':
+    check_groups(group_size, width, "granularity='channel'")
+
+
+def check_groups(group_size: int, width: int, otherwise: str) -> None:
+  """Raises a ValueError where `width` inputs make no whole groups.
+
+  Args:
+    group_size: inputs of a group.
+    width: inputs of a layer.
+    otherwise: what to choose instead of groups, as a config says it.
+  """
+  if group_size < 1 or width % group_size:
     raise ValueError(
       f'group_size={group_size} does not divide the {width} inputs of a'
-      " layer; take a divisor of them, or granularity='channel'."
+      f' layer; take a divisor of them, or {otherwise}.'
     )
 
 

@@ -228,12 +228,8 @@ def _dot_fwd(
 ):
   x_MK = value_MK.astype(method.dtype) if codes_MK is None else codes_MK
   w_KN = value_KN.astype(method.dtype) if codes_KN is None else codes_KN
-  if method.gather_codes and codes_KN is not None:
-    # Without the barrier XLA exchanges first and converts to codes after.
-    w_KN = lax.optimization_barrier(w_KN)
-    w_KN = lax.with_sharding_constraint(w_KN, P())
-  if method.row_major and codes_KN is not None:
-    w_KN = layout.with_layout_constraint(w_KN, layout.Layout((0, 1)))
+  if codes_KN is not None:
+    w_KN = hold_codes(w_KN, method)
   y_MN = product(x_MK, w_KN, method)
   for scale in (scale_1N, scale_M1):
     if scale is not None:
@@ -294,6 +290,23 @@ def product(x_MK, w_KN, method: Method) -> jax.Array:
     _NN,
     preferred_element_type=jnp.float32,
   )
+
+
+def hold_codes(codes: jax.Array, method: Method) -> jax.Array:
+  """Weight codes where and as `method` wants them on a device.
+
+  Args:
+    codes: of a matrix or a stack.
+    method: see its `gather_codes` and `row_major`.
+  """
+  if method.gather_codes:
+    # Without the barrier XLA exchanges first and converts to codes after.
+    codes = lax.optimization_barrier(codes)
+    codes = lax.with_sharding_constraint(codes, P())
+  if method.row_major:
+    order = layout.Layout(tuple(range(codes.ndim)))
+    codes = layout.with_layout_constraint(codes, order)
+  return codes
 
 
 def _to_input(dy_MN, w_KN, method: Method) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qat.data import prepare
+from tests import tiny
 
 WORDS = 'the sea was calm and a ship, Élise said; under “grey” skies: 日本 🙂\n'
 
@@ -42,18 +43,8 @@ def options() -> Callable[..., prepare.Options]:
   """Makes options for `texts`; keyword arguments change them."""
 
   def make(**changes: object) -> prepare.Options:
-    fields = dict(
-      vocab_size=280,
-      tokenizer=None,
-      tokenizer_bytes=1 << 30,
-      end_of_text='<|endoftext|>',
-      field='text',
-      split=None,
-      valid_fraction=0.1,
-      seed=0,
-      shard_tokens=12_000,
-    )
-    return prepare.Options(**fields | changes)
+    fields = dict(valid_fraction=0.1, shard_tokens=12_000)
+    return tiny.options(**fields | changes)
 
   return make
 

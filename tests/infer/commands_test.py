@@ -263,15 +263,11 @@ def other_text(folder, options, name):
 def test_another_data_set_must_have_the_same_tokenizer(
   saved, run, dataset, tmp_path, capsys
 ):
-  options = prepare.Options(
+  options = tiny.options(
     vocab_size=None,
     tokenizer=str(dataset / dataset_lib.TOKENIZER),
     tokenizer_bytes=1,
-    end_of_text='<|endoftext|>',
-    field='text',
-    split=None,
     valid_fraction=0.3,
-    seed=0,
     shard_tokens=10_000,
   )
   other = other_text(tmp_path, options, 'same')
