@@ -51,15 +51,33 @@ def base(size: str) -> ConfigDict:
   model.n_heads = shape['n_heads']  # Query heads; must divide d_model.
   model.n_kv_heads = shape['n_heads']  # Fewer: grouped-query attention.
   model.d_ff = shape['d_ff']  # Hidden width of the gated feed-forward layer.
-  model.activation = 'silu'  # Of the gate; pQuant does not name its own.
+  # Of the gate: 'silu', 'gelu', 'relu', 'relu2'; pQuant does not name its own.
+  model.activation = 'silu'
   model.norm = 'pre'  # 'pre': once before a sub-layer; 'inside': each linear.
   model.norm_shared = True  # Linears that read one input share its norm.
   model.norm_eps = 1e-6  # Added to the mean square.
+  model.norm_type = 'rms'  # 'rms', or 'layer': LayerNorm, with a bias.
+  # Of the linears: 'none', 'qkv' (Qwen2.5's queries, keys and values), 'all'.
+  model.bias = 'none'
+  model.positions = 'rotary'  # 'rotary', or 'learned': a table, as OPT's.
+  model.max_positions = 0  # Tokens of the longest sequence; 0: no limit.
   model.rope_theta = 10_000.0  # Base of the rotary wavelengths.
+  # How wavelengths are stretched for sequences longer than those of
+  # pretraining: 'none', or 'llama3' (LLaMA 3.1 and later).
+  model.rope_scaling = ConfigDict(
+    dict(
+      kind='none',
+      factor=8.0,  # Wavelengths beyond the long one: times this.
+      low_freq_factor=1.0,  # The long wavelength: original_positions over it.
+      high_freq_factor=4.0,  # The short one, below which nothing changes.
+      original_positions=8192,  # Tokens that pretraining began with.
+    )
+  )
   model.tied_embeddings = True  # The output head is the embedding, transposed.
   model.init_std = 0.02  # Normal; also the embedding's.
   model.init_residual_scale = True  # Output projections / sqrt(2 n_layers).
-  model.ffn = 'gated'  # 'gated', or 'decoupled' (pQuant's two branches).
+  # 'gated', 'decoupled' (pQuant's two branches), or 'plain' (no gate; OPT).
+  model.ffn = 'gated'
   # The fields of the decoupled layer; a 'gated' layer has none of them.
   model.branch_width = shape['branch']  # r: hidden width of a narrow branch.
   model.branch_multiple = 128 if paper else 1  # r must be a multiple of this.
@@ -117,7 +135,8 @@ def base(size: str) -> ConfigDict:
   optim.switch_fraction = 0.5  # Share of the run in phase one.
   optim.weight_decay = 0.1  # Decoupled; times the learning rate.
   optim.second_weight_decay = 0.1  # In phase two of 'two_phase'.
-  optim.no_decay = r'.*(norm|alpha|beta).*'  # Regex of undecayed parameters.
+  # Regex of undecayed parameters.
+  optim.no_decay = r'.*(norm|alpha|beta|bias).*'
   optim.b1 = 0.9  # Decay of the first moment.
   optim.b2 = 0.95  # Decay of the second moment.
   optim.eps = 1e-8  # Added to the root of the second moment.

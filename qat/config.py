@@ -1,7 +1,6 @@
-"""Checks of a config, its JSON form, and what a resumed run may change."""
+"""Checks of a config, and its JSON form."""
 
 from collections.abc import Mapping
-import dataclasses
 import json
 import math
 import pathlib
@@ -20,15 +19,6 @@ from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import dot
 from qat.quant import rules as rules_lib
-
-# A resumed run may differ in these and in nothing else: they do not decide what
-# a step computes, beyond rounding. `train.steps` is here so that a run can be
-# made longer or shorter; the schedule then follows the new length.
-SAFE = re.compile(
-  r'name|train\..*|eval\..*|checkpoint\..*|sensitivity\..*|sample\..*'
-  r'|mesh\..*|model\.(remat|expert_form|expert_tile)'
-  r'|data\.(workers|threads|timeout_s|cache_dir)'
-)
 
 
 class ConfigError(ValueError):
@@ -126,7 +116,10 @@ def _model_errors(config: ConfigDict) -> list[str]:
     )
   choices = {
     'norm': ('pre', 'inside'),
-    'ffn': ('gated', 'decoupled'),
+    'norm_type': ('rms', 'layer'),
+    'bias': ('none', 'qkv', 'all'),
+    'positions': ('rotary', 'learned'),
+    'ffn': ('gated', 'decoupled', 'plain'),
     'activation': tuple(ffn.ACTIVATIONS),
     'dtype': ('float32', 'bfloat16'),
     'expert_form': ('auto', 'grouped', 'dense'),
@@ -137,6 +130,21 @@ def _model_errors(config: ConfigDict) -> list[str]:
       errors.append(
         f'model.{field}={m[field]!r}; choose one of {", ".join(allowed)}.'
       )
+  if m.rope_scaling.kind not in ('none', 'llama3'):
+    errors.append(
+      f'model.rope_scaling.kind={m.rope_scaling.kind!r}; choose one of none,'
+      ' llama3.'
+    )
+  if m.positions == 'learned' and m.max_positions < 1:
+    errors.append(
+      f"model.max_positions={m.max_positions} with model.positions='learned';"
+      ' give the length of the table.'
+    )
+  if m.norm == 'inside' and (m.ffn == 'plain' or m.norm_type == 'layer'):
+    errors.append(
+      f"model.norm='inside' with model.ffn={m.ffn!r}, model.norm_type="
+      f"{m.norm_type!r}; linears have RMSNorms of their own: take norm='pre'."
+    )
   if m.ffn == 'decoupled':
     r, multiple = m.branch_width, m.branch_multiple
     if not 0 < r < m.d_ff:
@@ -157,35 +165,39 @@ def _model_errors(config: ConfigDict) -> list[str]:
       )
   elif m.n_experts != 1:
     errors.append(
-      f"model.n_experts={m.n_experts} needs model.ffn='decoupled'; a gated"
-      ' layer has no experts.'
+      f"model.n_experts={m.n_experts} needs model.ffn='decoupled'; a layer of"
+      f' ffn={m.ffn!r} has no experts.'
     )
   return errors
 
 
 _POSITIVE = """model.vocab_size model.d_model model.n_layers model.n_heads
   model.d_ff model.branch_multiple model.norm_eps model.rope_theta
+  model.rope_scaling.factor model.rope_scaling.low_freq_factor
+  model.rope_scaling.high_freq_factor model.rope_scaling.original_positions
   model.init_std model.loss_chunk model.expert_tile optim.peak_lr optim.eps
   optim.accumulate data.seq_len data.batch_size data.threads data.timeout_s
   train.steps train.log_every train.health_every train.timeout_s
   eval.batch_size eval.every checkpoint.every checkpoint.keep_last
   checkpoint.timeout_s sensitivity.sequences sensitivity.damping""".split()
-_NOT_NEGATIVE = """seed optim.warmup_steps optim.final_lr_ratio
-  optim.weight_decay optim.second_weight_decay optim.second_peak_ratio
-  optim.clip_norm optim.scale_lr_ratio quant.anneal.start_step
-  quant.anneal.steps data.workers eval.batches checkpoint.keep_every
-  sensitivity.every sample.tokens sample.temperature sample.top_k
-  model.balance_coef model.router_init_std model.capacity_factor""".split()
+_NOT_NEGATIVE = """seed model.max_positions optim.warmup_steps
+  optim.final_lr_ratio optim.weight_decay optim.second_weight_decay
+  optim.second_peak_ratio optim.clip_norm optim.scale_lr_ratio
+  quant.anneal.start_step quant.anneal.steps data.workers eval.batches
+  checkpoint.keep_every sensitivity.every sample.tokens sample.temperature
+  sample.top_k model.balance_coef model.router_init_std
+  model.capacity_factor""".split()
 _FINITE = ['model.alpha_init', 'model.beta_init']
 _SHARES = """optim.decay_fraction optim.switch_fraction
   model.router_jitter""".split()
 # Fields that the first configs did not have, apart from these numbers.
 _LATER = """model.scan_layers model.expert_form model.feature_scaling
-  model.experts_per_token optim.scales quant.anneal.shape""".split()
+  model.experts_per_token model.norm_type model.bias model.positions
+  model.rope_scaling.kind optim.scales quant.anneal.shape""".split()
 
 
 def _number_errors(config: ConfigDict) -> list[str]:
-  errors, values = [], _flatten(config.to_dict())
+  errors, values = [], flatten(config.to_dict())
   for fields, test, meaning in (
     (_POSITIVE, lambda x: x > 0, 'greater than 0'),
     (_NOT_NEGATIVE, lambda x: x >= 0, 'not negative'),
@@ -259,7 +271,7 @@ def check_tokenizer(config: ConfigDict, vocab_size: int, dataset: str) -> None:
 
 def to_json(config: ConfigDict) -> str:
   """The resolved config as readable JSON; `from_json` inverts it."""
-  return json.dumps(_plain(config.to_dict()), indent=2, allow_nan=False) + '\n'
+  return json.dumps(plain(config.to_dict()), indent=2, allow_nan=False) + '\n'
 
 
 def from_json(text: str) -> ConfigDict:
@@ -291,7 +303,7 @@ def load(workdir: pathlib.Path) -> ConfigDict:
       ' config that the run was started with, or give another --workdir.'
     ) from error
   known = {*_POSITIVE, *_NOT_NEGATIVE, *_FINITE, *_SHARES, *_LATER}
-  if missing := sorted(known - {*_flatten(config.to_dict())}):
+  if missing := sorted(known - {*flatten(config.to_dict())}):
     raise ConfigError(
       f'{path} lacks {", ".join(missing)}: an earlier version wrote it. Use'
       ' that version, or add them with the values of configs/common.py.'
@@ -299,52 +311,20 @@ def load(workdir: pathlib.Path) -> ConfigDict:
   return config
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """A config, or a value of one, as dicts and lists, as JSON has them."""
   if isinstance(value, Mapping):
-    return {key: _plain(v) for key, v in value.items()}
+    return {key: plain(v) for key, v in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    return [plain(v) for v in value]
   return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-  """A field whose value differs between two configs."""
-
-  field: str
-  old: Any
-  new: Any
-
-  def __str__(self) -> str:
-    return f'{self.field}: {self.old!r} -> {self.new!r}'
-
-
-def changes(old: ConfigDict, new: ConfigDict) -> list[Change]:
-  """Every field that differs; a missing one has the value '(absent)'."""
-  a, b = _flatten(_plain(old.to_dict())), _flatten(_plain(new.to_dict()))
-  return [
-    Change(field, a.get(field, '(absent)'), b.get(field, '(absent)'))
-    for field in sorted({*a, *b})
-    if a.get(field, '(absent)') != b.get(field, '(absent)')
-  ]
-
-
-def refuse_changes(old: ConfigDict, new: ConfigDict, workdir: str) -> None:
-  """Raises a ConfigError unless every change is in the list `SAFE`."""
-  unsafe = [c for c in changes(old, new) if not SAFE.fullmatch(c.field)]
-  if unsafe:
-    raise ConfigError(
-      f'The run in {workdir} has another config:\n  '
-      + '\n  '.join(map(str, unsafe))
-      + '\nA run resumes with its own config (fields that may change:'
-      f' {SAFE.pattern}). Undo the change, or give another --workdir.'
-    )
-
-
-def _flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+  """Field such as 'model.d_model' -> value, of a config as plain dicts."""
   if not isinstance(tree, dict):
     return {prefix: tree}
   flat = {}
   for key, value in tree.items():
-    flat |= _flatten(value, f'{prefix}.{key}' if prefix else key)
+    flat |= flatten(value, f'{prefix}.{key}' if prefix else key)
   return flat

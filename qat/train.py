@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
+from qat import changes
 from qat import checkpoint
 from qat import config as config_lib
 from qat import evaluate
@@ -53,7 +54,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   )
   if (workdir / 'config.json').exists():
     old = config_lib.load(workdir)
-    config_lib.refuse_changes(old, config, str(workdir))
+    changes.refuse_changes(old, config, str(workdir))
   workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context

@@ -111,6 +111,12 @@ def generate(
   """
   if not prompt_T:
     raise ValueError('An empty prompt; begin with the end-of-text token.')
+  longest = model.config.max_positions
+  if 0 < longest < len(prompt_T) + tokens:
+    raise ValueError(
+      f'{len(prompt_T)} tokens of a prompt and {tokens} new ones; the model'
+      f' takes at most {longest} (config.model.max_positions).'
+    )
   # A comparison with NaN is false, so NaN is refused too.
   ok = 0 <= temperature < float('inf') and 0 < top_p <= 1
   if not ok or top_k < 0 or tokens < 0:

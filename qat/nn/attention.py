@@ -27,25 +27,45 @@ class Cache(NamedTuple):
   values_BSKH: jax.Array
 
 
-def rotary(x_BTNH: jax.Array, positions_T: jax.Array, theta: float):
+def rotary(
+  x_BTNH: jax.Array,
+  positions_T: jax.Array,
+  theta: float,
+  scaling: FrozenConfigDict | None = None,
+) -> jax.Array:
   """Rotates pairs (i, i + H/2) by position * theta^(-2i/H), as LLaMA does.
 
   Args:
     x_BTNH: float queries or keys; H is the width of a head.
     positions_T: int, the position of each of the T tokens.
     theta: base of the wavelengths.
+    scaling: a config's `model.rope_scaling`; None: 'none'.
 
   Returns:
     float32 of the same shape.
   """
   half = x_BTNH.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is not None and scaling.kind == 'llama3':
+    frequency = _stretched(frequency, scaling)
   angle = positions_T.astype(jnp.float32)[:, None] * frequency[None]
   cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
+
+
+def _stretched(frequency: jax.Array, scaling: FrozenConfigDict) -> jax.Array:
+  """LLaMA 3.1: long wavelengths times `factor`, a line between long and short.
+
+  By how often a wave repeats in the `original_positions`: below
+  `low_freq_factor` times it is long, above `high_freq_factor` times short.
+  """
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  repeats = scaling.original_positions * frequency / (2 * math.pi)
+  share = jnp.clip((repeats - low) / (high - low), 0, 1)  # Of the short.
+  return frequency * (share + (1 - share) / scaling.factor)
 
 
 class Attention(nn.Module):
@@ -69,9 +89,14 @@ class Attention(nn.Module):
     linear = functools.partial(layers.Linear, rules=self.rules)
     inside = c.norm == 'inside'
     own_eps = c.norm_eps if inside and not c.norm_shared else None
-    read = functools.partial(linear, init_std=c.init_std, norm_eps=own_eps)
+    read = functools.partial(
+      linear,
+      init_std=c.init_std,
+      norm_eps=own_eps,
+      bias=c.bias in ('qkv', 'all'),
+    )
     if own_eps is None:
-      x_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
+      x_BTD = layers.make_norm(c, 'norm')(x_BTD)
     readers = [
       read(c.n_heads * head, name='q'),
       read(c.n_kv_heads * head, name='k'),
@@ -82,8 +107,15 @@ class Attention(nn.Module):
     def split(y_BTN: jax.Array) -> jax.Array:
       return y_BTN.reshape(*y_BTN.shape[:2], -1, head)
 
-    q_BTNH = rotary(split(q), positions_T, c.rope_theta)
-    k_BTKH = rotary(split(k), positions_T, c.rope_theta)
+    q_BTNH, k_BTKH = split(q), split(k)
+    if c.positions == 'rotary':
+      turn = functools.partial(
+        rotary,
+        positions_T=positions_T,
+        theta=c.rope_theta,
+        scaling=c.rope_scaling,
+      )
+      q_BTNH, k_BTKH = turn(q_BTNH), turn(k_BTKH)
     q_BTNH, k_BTKH, v_BTKH = (
       remat.product(a.astype(c.dot_dtype), linear.spec, mix)
       for a, linear in zip((q_BTNH, k_BTKH, split(v)), readers, strict=True)
@@ -104,6 +136,7 @@ class Attention(nn.Module):
       c.d_model,
       init_std=std,
       norm_eps=c.norm_eps if inside else None,
+      bias=c.bias == 'all',
       name='o',
     )
     y_BTD = remat.attention(y_BTNH).reshape(*x_BTD.shape[:2], -1)

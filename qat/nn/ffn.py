@@ -1,4 +1,4 @@
-"""Feed-forward layers: the gated one, and pQuant's decoupled one."""
+"""Feed-forward layers: gated, plain, and pQuant's decoupled one."""
 
 import functools
 import math
@@ -21,6 +21,7 @@ Pair = tuple[dot.Operand, dot.Operand]
 ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': jax.nn.gelu,
+  'relu': jax.nn.relu,
   'relu2': lambda x: jnp.square(jax.nn.relu(x)),
 }
 
@@ -53,7 +54,10 @@ class Branch(nn.Module):
     if c.init_residual_scale:
       std /= math.sqrt(2 * c.n_layers)
     linear = functools.partial(
-      layers.Linear, rules=self.rules, experts=self.experts
+      layers.Linear,
+      rules=self.rules,
+      experts=self.experts,
+      bias=c.bias == 'all',
     )
     own_eps = c.norm_eps if inside and not c.norm_shared else None
     self.gate = linear(self.width, init_std=c.init_std, norm_eps=own_eps)
@@ -92,9 +96,36 @@ class GatedFFN(Branch):
   ) -> jax.Array:
     c = self.config
     if c.norm == 'pre' or c.norm_shared:
-      x_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
+      x_BTD = layers.make_norm(c, 'norm')(x_BTD)
     gate, up = layers.project(x_BTD, self.readers(), self.method, mix)
     y_BTD = self.finish(gate, up, mix)
+    return y_BTD.astype(x_BTD.dtype)
+
+
+class PlainFFN(nn.Module):
+  """The layer of OPT: down(act(up(x))), without a gate."""
+
+  config: FrozenConfigDict
+  rules: rules_lib.Rules
+  method: dot.Method
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, mix: jax.Array | None = None
+  ) -> jax.Array:
+    c = self.config
+    linear = functools.partial(
+      layers.Linear,
+      rules=self.rules,
+      init_std=c.init_std,
+      bias=c.bias == 'all',
+    )
+    normed_BTD = layers.make_norm(c, 'norm')(x_BTD)
+    up = linear(c.d_ff, name='up')
+    (up_BTF,) = layers.project(normed_BTD, [up], self.method, mix)
+    hidden_BTF = ACTIVATIONS[c.activation](up_BTF).astype(c.dot_dtype)
+    down = linear(c.d_model, name='down')
+    (y_BTD,) = layers.project(hidden_BTF, [down], self.method, mix)
     return y_BTD.astype(x_BTD.dtype)
 
 
@@ -137,7 +168,7 @@ class DecoupledFFN(nn.Module):
       beta = self.param('beta', nn.initializers.constant(c.beta_init), ())
     normed_BTD = x_BTD
     if c.norm == 'pre' or c.norm_shared or c.n_experts > 1:
-      normed_BTD = layers.RMSNorm(c.norm_eps, name='norm')(x_BTD)
+      normed_BTD = layers.make_norm(c, 'norm')(x_BTD)
     source = normed_BTD if c.norm == 'pre' or c.norm_shared else x_BTD
     pairs = layers.operands(source, wide.readers() + narrow.readers(), mix)
     if c.n_experts == 1:

@@ -1,4 +1,4 @@
-"""RMSNorm, and linear layers that find their quantization rule by path."""
+"""Norms, and linear layers that find their quantization rule by path."""
 
 from collections.abc import Sequence
 import functools
@@ -6,6 +6,7 @@ import functools
 import flax.linen as nn
 import jax
 from jax import numpy as jnp
+from ml_collections import FrozenConfigDict
 
 from qat.nn import stacked
 from qat.quant import dot
@@ -95,8 +96,31 @@ class RMSNorm(nn.Module):
     return rms_norm(x, gain_D, self.eps)
 
 
+class LayerNorm(nn.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias, in float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = (x.shape[-1],)
+    gain_D = self.param('scale', nn.initializers.ones, width, jnp.float32)
+    bias_D = self.param('bias', nn.initializers.zeros, width, jnp.float32)
+    y = _standardize(x.astype(jnp.float32), self.eps)
+    y = y * _last_axis(gain_D, x.ndim) + _last_axis(bias_D, x.ndim)
+    return y.astype(x.dtype)
+
+
+def make_norm(
+  config: FrozenConfigDict, name: str | None = None
+) -> RMSNorm | LayerNorm:
+  """The norm that a model section asks for."""
+  kinds = {'rms': RMSNorm, 'layer': LayerNorm}
+  return kinds[config.norm_type](config.norm_eps, name=name)
+
+
 class Linear(nn.Module):
-  """A projection without bias; its path decides how it is quantized.
+  """A projection; its path decides how it is quantized.
 
   Attributes:
     features: N, the output width.
@@ -104,6 +128,7 @@ class Linear(nn.Module):
     init_std: of the normal initialization.
     norm_eps: eps of a norm of its own, or None for a layer without one.
     experts: the leading size of a stack of matrices; 0 for a single one.
+    bias: whether a vector is added to the product.
   """
 
   features: int
@@ -111,6 +136,7 @@ class Linear(nn.Module):
   init_std: float
   norm_eps: float | None = None
   experts: int = 0
+  bias: bool = False
 
   @property
   def path_name(self) -> str:
@@ -128,8 +154,9 @@ class Linear(nn.Module):
   ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The layer's own parameters, and `x`, normed if it is.
 
-    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`; beside it stands
-    what its quantizer learns, made from the kernel.
+    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`, or a matrix that
+    was quantized after training (`composed.Quantized`); beside it stands what
+    its quantizer learns, made from the kernel, and a bias, if it has one.
     """
     shape = (x.shape[-1], self.features)
     self._check(x.shape[-1])
@@ -141,6 +168,9 @@ class Linear(nn.Module):
     if self.norm_eps is not None:
       x = RMSNorm(self.norm_eps, name='norm')(x)
     layer = {'kernel': kernel}
+    if self.bias:
+      zeros = nn.initializers.zeros
+      self.param('bias', zeros, (self.features,), jnp.float32)
     for name in self.spec.parameters:
       layer[name] = self.param(
         name, lambda _, name=name: self.spec.start(kernel)[name]
@@ -221,15 +251,18 @@ def products(
   ys = []
   for linear, pair in zip(linears, pairs, strict=True):
     y = dot.quantized_dot(*pair, method)
-    ys.append(_layer_norm(y) if linear.spec.output_norm else y)
+    if linear.bias:
+      y = y + _last_axis(linear.get_variable('params', 'bias'), y.ndim)
+    # Without gain and bias, as OneBit (2402.11295) ends a layer.
+    ys.append(_standardize(y, 1e-5) if linear.spec.output_norm else y)
   return ys
 
 
-def _layer_norm(y: jax.Array) -> jax.Array:
-  """LayerNorm without gain and bias, as OneBit (2402.11295) ends a layer."""
+def _standardize(y: jax.Array, eps: float) -> jax.Array:
+  """Mean 0 and variance 1 along the last axis."""
   y = y - jnp.mean(y, -1, keepdims=True)
   variance = jnp.mean(jnp.square(y), -1, keepdims=True)
-  return y * jax.lax.rsqrt(variance + 1e-5)
+  return y * jax.lax.rsqrt(variance + eps)
 
 
 def _record(linear: Linear, source: dot.Operand) -> None:

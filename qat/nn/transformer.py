@@ -41,6 +41,8 @@ class Block(nn.Module):
     x_BTD = x_BTD + y_BTD
     if self.config.ffn == 'decoupled':
       layer = ffn.DecoupledFFN(**parts, name='ffn')
+    elif self.config.ffn == 'plain':
+      layer = ffn.PlainFFN(**parts, name='ffn')
     else:
       layer = ffn.GatedFFN(**parts, width=self.config.d_ff, name='ffn')
     return x_BTD + layer(x_BTD, mix), cache
@@ -53,7 +55,9 @@ _STACKED = ('params', 'inputs', 'router', 'intermediates')
 class Transformer(nn.Module):
   """LLaMA-style: rotary positions, RMSNorm, gated feed-forward, no biases.
 
-  Embedding, head, norms and router stay in high precision; every other matrix
+  Fields of the config make it Qwen's (biases of q, k and v) or OPT's (learned
+  positions, LayerNorm, no gate, biases everywhere). Embedding, head, norms and
+  router stay in high precision; every other matrix
   is a `Linear` whose path finds its rule. With `scan_layers` one block is
   compiled, and a loop runs it with each layer's parameters; see `stacked`.
   """
@@ -86,7 +90,14 @@ class Transformer(nn.Module):
       )(*parts)
     else:
       self.block = [block(*parts) for _ in range(c.n_layers)]
-    self.final_norm = layers.RMSNorm(c.norm_eps)
+    self.final_norm = layers.make_norm(c)
+    if c.positions == 'learned':
+      self.positions = self.param(
+        'positions',
+        nn.initializers.normal(c.init_std),
+        (c.max_positions, c.d_model),
+        jnp.float32,
+      )
     if not c.tied_embeddings:
       self.head = self.param(
         'head',
@@ -114,14 +125,22 @@ class Transformer(nn.Module):
     Returns:
       `[B, T, D]` after the final norm, and the caches with T more positions.
     """
+    c = self.config
+    if 0 < c.max_positions < tokens_BT.shape[1]:
+      raise ValueError(
+        f'A sequence of {tokens_BT.shape[1]} tokens; the model takes at most'
+        f' {c.max_positions} (config.model.max_positions).'
+      )
     table_VD = self.embed.embedding
     if self.method.gather_codes:
       # Each device then looks its own tokens up; left split, the gradient
       # would bring the whole batch's activations to every device.
       table_VD = jax.lax.with_sharding_constraint(table_VD, P())
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(self.config.dtype)
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(c.dtype)
     positions_T = start + jnp.arange(tokens_BT.shape[1])
-    if self.config.scan_layers:
+    if c.positions == 'learned':
+      x_BTD = x_BTD + self.positions[positions_T][None].astype(c.dtype)
+    if c.scan_layers:
       if caches is not None:
         raise ValueError(
           'A model that scans over its layers has no caches; take'

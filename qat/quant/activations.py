@@ -76,5 +76,6 @@ def check(granularity: str, group_size: int, width: int) -> None:
 
 QUANTIZERS: dict[str, Callable[..., qtensor.QTensor]] = {
   'int8': functools.partial(absmax, bits=8),
+  'int6': functools.partial(absmax, bits=6),
   'int4': functools.partial(absmax, bits=4),
 }

@@ -33,6 +33,7 @@ from jax.experimental import layout
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from qat.quant import composed
 from qat.quant import qtensor
 from qat.quant import rules
 
@@ -77,7 +78,7 @@ class Operand:
   """
 
   value: jax.Array
-  quantized: qtensor.QTensor | None
+  quantized: composed.Quantized | None
 
 
 def make_input(
@@ -111,11 +112,14 @@ def make_weight(
 
   Args:
     layer: 'kernel', float `[K, N]` or a stack `[E, K, N]`, and the learned
-      parameters of the layer's quantizer, if it has any.
+      parameters of the layer's quantizer, if it has any; or a 'kernel' that
+      was quantized after training, which is multiplied as it is.
     spec: how the weight is quantized.
     mix: as in `make_input`.
   """
   kernel = layer['kernel']
+  if composed.is_quantized(kernel):
+    return Operand(kernel.dequantize(), kernel)
   quantized = spec.quantize(jax.tree.map(lax.stop_gradient, dict(layer)))
   if quantized is None:
     return Operand(kernel, None)
@@ -201,9 +205,9 @@ def parts(
   q = operand.quantized
   if q is None:
     return None, None
-  plain = q.zero is None and q.exact is None
-  if plain and q.scale.shape[contracted] == 1:
-    return q.codes, q.scale
+  if isinstance(q, qtensor.QTensor) and q.zero is None and q.exact is None:
+    if q.scale.shape[contracted] == 1:
+      return q.codes, q.scale
   return q.dequantize(method.dtype), None
 
 

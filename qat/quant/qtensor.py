@@ -25,6 +25,7 @@ ALPHABETS: dict[str, tuple[float, ...]] = {
   'int2': tuple(range(-2, 2)),
   'int3': tuple(range(-4, 4)),
   'int4': tuple(range(-8, 8)),
+  'int6': tuple(range(-32, 32)),
   'int8': tuple(range(-128, 128)),
   'fp8': _float8(),
 }
@@ -38,6 +39,7 @@ BITS: dict[str, float] = {
   'int2': 2.0,
   'int3': 3.0,
   'int4': 4.0,
+  'int6': 6.0,
   'int8': 8.0,
   'fp8': 8.0,
 }
@@ -60,9 +62,11 @@ class QTensor:
       for.
     scale: float32; a quantizer that computes it never makes it zero.
     alphabet: a key of `ALPHABETS`.
-    zero: int8, the code of the value 0, of the shape of `scale`; None: 0.
-    exact: bfloat16, of the shape of `codes`: weights that are not quantized, 0
-      elsewhere; None: all are.
+    zero: the code of the value 0, of the shape of `scale`: int8, or float32
+      where it lies between two codes; None: 0.
+    exact: bfloat16 or float16, of the shape of `codes`: what is added to the
+      quantized value, 0 but for weights that are not quantized (their code is
+      `zero`), or for the rest of those that are kept; None: all are quantized.
   """
 
   codes: jax.Array

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from qat.quant import activations
 from qat.quant import blocks
+from qat.quant import composed
 from qat.quant import learned
 from qat.quant import qtensor
 from qat.quant import weights
@@ -256,10 +257,13 @@ def layers(params: Mapping) -> dict[str, dict[str, jax.Array]]:
 
   Returns:
     Path such as 'block_0/attn/q' -> its own leaves: 'kernel', `[K, N]`, or
-    `[E, K, N]` for experts, and what its quantizer learns.
+    `[E, K, N]` for experts, or a matrix that was quantized after training
+    (`composed.Quantized`); what its quantizer learns; its bias.
   """
   found = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(
+    params, is_leaf=composed.is_quantized
+  ):
     *path, last = [key.key for key in keys]
     found.setdefault('/'.join(path), {})[last] = leaf
   return {path: leaves for path, leaves in found.items() if 'kernel' in leaves}

@@ -61,6 +61,7 @@ def test_the_gated_layer_is_its_parts(activation, norm):
   gate = x @ p['gate']['kernel']
   act = {
     'silu': lambda a: a / (1 + np.exp(-a)),
+    'relu': lambda a: np.maximum(a, 0),
     'relu2': lambda a: np.maximum(a, 0) ** 2,
     'gelu': lambda a: (
       0.5 * a * (1 + np.tanh((2 / np.pi) ** 0.5 * (a + 0.044715 * a**3)))

@@ -16,7 +16,7 @@ def normal(*shape, seed=0):
 
 
 int8 = activations.QUANTIZERS['int8']
-BITS = {'int8': 8, 'int4': 4}
+BITS = {'int8': 8, 'int6': 6, 'int4': 4}
 ALL = [
   (n, g) for n in activations.QUANTIZERS for g in activations.GRANULARITIES
 ]
