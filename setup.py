@@ -24,6 +24,7 @@ REQUIRED = [
   'plotly>=6.0',  # Pictures in the report.
   'pyarrow>=18',  # Parquet files of documents.
   'rich>=13.9',  # Progress and tables in the terminal.
+  'safetensors>=0.6',  # Parameters of model folders.
   'tensorboardX>=2.6.2',
   'tokenizers>=0.21',
   'zstandard>=0.23',  # Compressed corpora.
@@ -32,9 +33,11 @@ REQUIRED = [
 EXTRAS = {
   'gpu': ['jax[cuda13]'],
   'tpu': ['jax[tpu]'],
-  'hf': ['datasets>=4.0', 'huggingface-hub>=1.0', 'safetensors>=0.6'],
+  'interop': ['gguf>=0.17', 'huggingface-hub>=1.0'],  # Models of others.
+  'hf': ['datasets>=4.0', 'huggingface-hub>=1.0'],  # Corpora of the hub.
   'compare': ['torch>=2.9', 'transformers>=5.0'],  # Tests against others.
   'test': [
+    'gguf>=0.17',
     'hypothesis>=6.100',
     'ml_dtypes>=0.5',
     'pytest>=9.0',

@@ -1,5 +1,6 @@
-"""Loading what a run left in its folder: config, parameters, data set."""
+"""Loading a model to use it: a run's checkpoint, a model folder, or others'."""
 
+from collections.abc import Iterator
 import pathlib
 import sys
 from typing import Any
@@ -7,14 +8,22 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+import numpy as np
+import tokenizers
 
 from qat import config as config_lib
+from qat import manifest as manifest_lib
 from qat import restore
 from qat import sharding
 from qat.data import dataset as dataset_lib
 from qat.data import prepare
+from qat.interop import folder as folder_lib
+from qat.interop import foreign
 from qat.nn import transformer
+from qat.quant import composed
 
 
 class Run(NamedTuple):
@@ -36,6 +45,148 @@ class Run(NamedTuple):
   params: Any
   dataset: dataset_lib.Dataset
   step: int
+
+
+class Loaded(NamedTuple):
+  """A model on one device, wherever it comes from.
+
+  Attributes:
+    config: its config; `mesh` is one device, `model.scan_layers` False.
+    mesh: that device.
+    model: the transformer.
+    params: its parameters; kernels may be quantized matrices.
+    tokenizer: `.encode(text, add_special_tokens=False).ids`, `.decode(ids)`;
+      `.encode('').ids` is what it puts before a text.
+    begin: the token id that an empty prompt begins with.
+    end: the token id that ends a text.
+    dataset: what a run was trained on; None for other models.
+    source: where it comes from; JSON.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+  model: transformer.Transformer
+  params: Any
+  tokenizer: tokenizers.Tokenizer
+  begin: int
+  end: int
+  dataset: dataset_lib.Dataset | None
+  source: dict[str, Any]
+
+
+def load_model(name: str | pathlib.Path, base: ConfigDict | None) -> Loaded:
+  """Loads a model from wherever it lies; floats become float32.
+
+  Args:
+    name: a run's workdir, a model folder, or, with `base`, a GGUF file, a
+      folder of transformers', or 'org/name' on the hub.
+    base: a config of `configs.common`, for what another program's model does
+      not say; None where no such model is expected.
+
+  Returns:
+    The model, on the first device.
+
+  Raises:
+    FileNotFoundError: there is no model, or a file of it is missing.
+    ValueError: a file does not fit the others, or is not supported.
+    CorruptError: a file is damaged.
+  """
+  path = pathlib.Path(name)
+  if (path / manifest_lib.FILE).is_file():
+    return _load_folder(path)
+  # Without a base a name that does not exist is a mistyped workdir.
+  on_hub = base is not None and not path.exists()
+  if not foreign.is_foreign(path) and not on_hub:
+    run = load_run(path)
+    end = run.dataset.eot_id
+    return Loaded(
+      *run[:4],
+      tokenizer=run.dataset.tokenizer,
+      begin=end,  # As in training: a document follows an end of text.
+      end=end,
+      dataset=run.dataset,
+      source={'format': 'run', 'name': run.config.name, 'step': run.step},
+    )
+  if base is None:
+    raise ValueError(
+      f'{name} is a model of another program; make a model folder of it first:'
+      f' python scripts/import_model.py {name} --out <folder>'
+    )
+  source = foreign.open_model(str(name))
+  config = foreign.config(source, base, 'float32')
+  mesh, model, shapes = _built(config)
+  params = _on_device(foreign.leaves(source, config), shapes, mesh, str(name))
+  return Loaded(
+    config=config,
+    mesh=mesh,
+    model=model,
+    params=params,
+    tokenizer=source.tokenizer,
+    begin=source.begin,
+    end=source.end,
+    dataset=None,
+    source=source.about,
+  )
+
+
+def _load_folder(path: pathlib.Path) -> Loaded:
+  folder = folder_lib.open_folder(path)
+  config = folder.config.copy_and_resolve_references().unlock()
+  config.mesh.data = config.mesh.fsdp = 1
+  config.lock()
+  mesh, model, shapes = _built(config)
+  params = _on_device(folder_lib.leaves(folder), shapes, mesh, str(path))
+  return Loaded(
+    config=config,
+    mesh=mesh,
+    model=model,
+    params=params,
+    tokenizer=folder.tokenizer,
+    begin=folder.begin,
+    end=folder.end,
+    dataset=None,
+    source=folder.source,
+  )
+
+
+def _built(config: ConfigDict) -> tuple[Mesh, transformer.Transformer, Any]:
+  """The mesh of one device, the model, and its parameters' shapes."""
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  model = transformer.build(config, jax.default_backend(), mesh.size)
+  return mesh, model, transformer.abstract_params(model)
+
+
+def _on_device(
+  leaves: Iterator[tuple[str, Any]], shapes: Any, mesh: Mesh, name: str
+) -> Any:
+  """The tree of `leaves`, each put on the device before the next is read.
+
+  Raises:
+    ValueError: they are not the model's; names them.
+  """
+  wanted = {
+    path: tuple(leaf.shape) for path, leaf in folder_lib.flat(shapes).items()
+  }
+  found, lines = {}, []
+  for path, leaf in leaves:
+    if wanted.get(path) != tuple(leaf.shape):
+      lines.append(
+        f'{path}: {list(leaf.shape)} there, {wanted.get(path, "nothing")} here'
+      )
+      continue
+    if not composed.is_quantized(leaf):
+      leaf = np.asarray(leaf, np.float32)
+    found[path] = jax.device_put(leaf, NamedSharding(mesh, P()))
+  missing = (
+    wanted.keys() - found.keys() - {line.split(':')[0] for line in lines}
+  )
+  lines += [f'{path}: missing' for path in sorted(missing)]
+  if lines:
+    raise ValueError(
+      f'{name} does not hold the model that its config describes:\n  '
+      + '\n  '.join(lines[:20])
+    )
+  return folder_lib.nested(found)
 
 
 def load_run(workdir: pathlib.Path) -> Run:

@@ -8,11 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+from qat import changes
 from qat import config as config_lib
 from qat import manifest
 from qat.data import prepare
 from qat.infer import generate
 from qat.infer import load
+from qat.interop import folder
+from qat.quant import composed
+from qat.quant import weights
 from tests import tiny
 
 
@@ -36,8 +40,8 @@ def test_the_newest_checkpoint_is_loaded_onto_one_device(saved):
     assert leaf.devices() == {jax.devices()[0]}
   assert run.mesh.size == 1
   # All but the mesh is the run's own.
-  changes = config_lib.changes(saved.config, run.config)
-  assert {change.field for change in changes} == {'mesh.data', 'mesh.fsdp'}
+  found = changes.changes(saved.config, run.config)
+  assert {change.field for change in found} == {'mesh.data', 'mesh.fsdp'}
   assert run.config.is_locked
   assert str(run.dataset.path) == saved.config.data.dataset
   # It can be used.
@@ -134,3 +138,96 @@ def test_a_vocabulary_too_small_for_the_data(dataset):
   config = tiny.config('fp', {'data.dataset': str(dataset)})
   with pytest.raises(config_lib.ConfigError, match='model.vocab_size=64'):
     load.open_dataset(config)
+
+
+# ---------------------------------------------------------------- load_model
+
+
+@pytest.fixture(scope='module')
+def loaded_run(saved):
+  """To be changed by nobody."""
+  return load.load_run(saved.workdir)
+
+
+@pytest.fixture
+def run(loaded_run):
+  return loaded_run._replace(
+    params=jax.tree.map(lambda p: p, loaded_run.params)
+  )
+
+
+def as_folder(run: load.Run, path: pathlib.Path) -> pathlib.Path:
+  folder.save(
+    path,
+    run.config,
+    folder.flat(run.params).items(),
+    run.dataset.tokenizer,
+    begin=3,
+    end=run.dataset.eot_id,
+    source={'name': 'x'},
+  )
+  return path
+
+
+def test_a_workdir_is_a_model(saved, run):
+  loaded = load.load_model(str(saved.workdir), None)
+  assert loaded.config == run.config
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, run.params)
+  assert loaded.begin == loaded.end == run.dataset.eot_id
+  assert loaded.dataset.path == run.dataset.path
+  assert loaded.source['step'] == 10
+
+
+def test_a_model_folder_is_a_model(run, tmp_path):
+  path = as_folder(run, tmp_path / 'model')
+  loaded = load.load_model(path, None)
+  assert loaded.config == run.config
+  assert loaded.mesh == run.mesh
+  for a, b in zip(
+    jax.tree.leaves(loaded.params), jax.tree.leaves(run.params), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+    assert a.devices() == {jax.devices()[0]}
+  assert jax.tree.structure(loaded.params) == jax.tree.structure(run.params)
+  assert (loaded.begin, loaded.end) == (3, run.dataset.eot_id)
+  assert loaded.source == {'name': 'x'}
+  assert loaded.dataset is None
+  options = dict(temperature=0.0, top_k=0, top_p=1.0, seed=0, stop=-1)
+  texts = [
+    list(generate.generate(m.model, m.params, [5], tokens=3, **options))
+    for m in (run, loaded)
+  ]
+  assert texts[0] == texts[1]
+
+
+def test_a_quantized_matrix_stays_one(run, tmp_path):
+  linear = run.params['block_0']['ffn']['up']
+  linear['kernel'] = weights.QUANTIZERS['int4'](linear['kernel'], 'channel', 0)
+  loaded = load.load_model(as_folder(run, tmp_path / 'model'), None)
+  found = loaded.params['block_0']['ffn']['up']['kernel']
+  assert composed.is_quantized(found)
+  jax.tree.map(np.testing.assert_array_equal, found, linear['kernel'])
+
+
+def test_a_folder_that_holds_another_model(run, tmp_path):
+  del run.params['block_0']['ffn']['up']
+  run.params['final_norm']['scale'] = run.params['final_norm']['scale'][1:]
+  run.params['more'] = run.params['final_norm']['scale']
+  path = as_folder(run, tmp_path / 'model')
+  with pytest.raises(ValueError, match='does not hold the model') as caught:
+    load.load_model(path, None)
+  message = str(caught.value)
+  assert 'block_0/ffn/up/kernel: missing' in message
+  assert 'final_norm/scale: [31] there, (32,) here' in message
+  assert 'more: [31] there, nothing here' in message
+
+
+def test_a_mistyped_name(tmp_path):
+  with pytest.raises(FileNotFoundError, match='runs/fp holds no run'):
+    load.load_model('runs/fp', None)
+
+
+def test_another_programs_model_without_a_base(tmp_path):
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  with pytest.raises(ValueError, match='scripts/import_model.py'):
+    load.load_model(tmp_path, None)
