@@ -215,7 +215,8 @@ def spec(
       'fp8' (e4m3); 'binary_mix' (binary, apart from the largest weights);
       with learned scales 'lsq3', 'lsq4', 'paretoq1', 'paretoq_ternary',
       'paretoq2', 'onebit' (granularity 'channel').
-    activation: format of the inputs: 'none', 'int8', 'int4'.
+    activation: format of the inputs: 'none', 'int8', 'int6', 'int4',
+      and with a zero point 'int8_asym', ...
     granularity: weights that share a scale: 'tensor', 'channel' (output), or
       'group' (of an output's inputs).
     activation_granularity: inputs that share a scale: 'tensor' (the whole

@@ -16,6 +16,16 @@ MALLOC = (
 ACCELERATORS = ('nvidia0', 'accel0', 'vfio/0', 'kfd')
 
 
+def one_blas_thread() -> None:
+  """Makes factorizations on a CPU run in one thread, unless it is set.
+
+  jaxlib's LAPACK is OpenBLAS; its threads and XLA's wait for each other's
+  cores, and one thread is then many times as fast as several. To be called
+  before numpy is imported.
+  """
+  os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+
 def tune_malloc() -> None:
   """Starts this program anew with `MALLOC`, where it runs on a CPU alone.
 

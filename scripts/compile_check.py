@@ -1,15 +1,19 @@
-"""Compiles a run's training step for accelerators that are not there.
+"""Compiles a training step, or a quantization, for absent accelerators.
 
   python scripts/compile_check.py --config=configs/pquant.py:1.3b \
       --target=v5p:2x2x1,h200 --config.data.batch_size=16
   python scripts/compile_check.py --config=configs/bitnet.py:300m \
       --target=h200 --config.data.batch_size=4 --json | jq .
+  python scripts/compile_check.py --config=configs/ptq/tacq.py \
+      --model=llama3-8b --target=h200
 
 It is the step that `python -m qat.main` would run on those devices, compiled by
 the compilers of their makers. NOTHING IS RUN: memory is what the compiler laid
 out, and there is no speed. Any field of the config can be set, as for qat.main;
-data.batch_size is of all devices together. Each target is compiled in a process
-of its own, because some errors of a compiler end the process.
+data.batch_size is of all devices together. With --model it is what
+scripts/quantize.py would run with GPTQ or TaCQ on a model of that shape,
+program by program, on one device. Each target is compiled in a process of its
+own, because some errors of a compiler end the process.
 
 TPUs need the Python package libtpu, GPUs the plugin of jax and nvcc; both come
 from PyPI, and the command is told where they are missing.
@@ -27,21 +31,38 @@ import tempfile
 import time
 from typing import Any
 
-from absl import flags
 from jax import errors as jax_errors
 from ml_collections import ConfigDict
-from ml_collections import config_flags
 from rich import console as rich_console
 from rich import table as rich_table
 
+from configs import common
 from qat import config as config_lib
+from qat import config_file
 from qat import display
 from qat import flops
 from qat import hlo
 from qat import sharding
 from qat import step as step_lib
 from qat import targets
+from qat.ptq import programs
 
+# Fields of the model section, over those of `common.base('300m')`.
+MODELS = {
+  'llama3-8b': dict(
+    vocab_size=128_256,
+    d_model=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    d_ff=14_336,
+    norm_eps=1e-5,
+    rope_theta=500_000.0,
+    tied_embeddings=False,
+    remat='none',
+    scan_layers=False,
+  )
+}
 NOTE = (
   'Nothing was run: these are the figures of the compilers, on a machine'
   ' without these devices.'
@@ -52,10 +73,13 @@ def main(arguments: Sequence[str]) -> int:
   """Runs the command line; returns the exit status."""
   options, fields = _parser().parse_known_args(arguments)
   try:
-    config = _config(options.config, fields)
+    config = config_file.read(options.config, fields)
     chosen = [targets.parse(name) for name in options.target.split(',')]
     if options.probe:
-      found = probe(config, chosen[0])
+      if options.model:
+        found = probe_walk(config, _shape(options.model), chosen[0])
+      else:
+        found = probe(config, chosen[0])
       pathlib.Path(options.probe).write_text(json.dumps(found))
       return 0
     lacking = [text for t in chosen if (text := targets.missing(t))]
@@ -65,32 +89,15 @@ def main(arguments: Sequence[str]) -> int:
     print(f'Error: {error}', file=sys.stderr)
     return 2
   console = rich_console.Console(stderr=options.json)
-  results = []
+  results, name = [], options.model or config.name
   for target in chosen:
-    with console.status(f'Compiling {config.name} for {target.name}'):
+    with console.status(f'Compiling {name} for {target.name}'):
       results.append(_in_a_process(target, arguments))
   if options.json:
     print(json.dumps({'note': NOTE, 'results': results}, indent=2))
   else:
-    _show(console, config.name, results)
+    (_show_walk if options.model else _show)(console, name, results)
   return 0 if all(r['error'] is None for r in results) else 1
-
-
-def _config(path: str, fields: list[str]) -> ConfigDict:
-  """The config at `path` with '--config.x=y' applied, as qat.main reads it."""
-  values = flags.FlagValues()
-  words = ['compile_check', f'--config={path}', *fields]
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=words)
-  try:
-    rest = values(words)[1:]
-    if rest:
-      raise ValueError(f'unknown arguments {" ".join(rest)}')
-    _ = values.config.name  # Where the file is missing, this says so.
-  except Exception as error:  # What a config file raises is the user's too.
-    text = str(error.args[0] if error.args else error).strip()
-    # Of a traceback of the config file, the last line says it.
-    raise ValueError(f'{text.splitlines()[-1]}; see --help.') from error
-  return values.config
 
 
 def probe(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
@@ -142,6 +149,57 @@ def probe(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
       for kind, each in hlo.collectives(compiled.as_text()).items()
     },
   }
+
+
+def _shape(name: str) -> ConfigDict:
+  """The config of a model of the shape `name`."""
+  if name not in MODELS:
+    raise ValueError(f'--model={name}; one of {", ".join(MODELS)}.')
+  config = common.base('300m')
+  config.model.update(MODELS[name])
+  return config.lock()
+
+
+def probe_walk(
+  ptq: ConfigDict, config: ConfigDict, target: targets.Target
+) -> dict[str, Any]:
+  """Compiles the programs of a quantization for the first device.
+
+  Args:
+    ptq: a config of `configs/ptq`.
+    config: the model's.
+    target: as for `probe`.
+
+  Returns:
+    As `probe`; 'programs' has a dict for each.
+  """
+  device = targets.devices(target)[0]
+  found = programs.measure(config, ptq, device)
+  return _result(target) | {'kind': device.device_kind} | found
+
+
+def _show_walk(
+  console: rich_console.Console, name: str, results: list[dict[str, Any]]
+) -> None:
+  for result in results:
+    if result['error'] is not None:
+      console.print(f'{result["target"]}: {result["error"]}', markup=False)
+      continue
+    table = rich_table.Table(title=f'{name} on {result["target"]}, GB')
+    for column in ('', 'program', 'its temporaries', 'beside it', 'together'):
+      table.add_column(column, justify='right' if column else 'left')
+    for row in result['programs']:
+      both = row['peak_bytes'] + row['beside_bytes']
+      parts = (row['peak_bytes'], row['temporary_bytes'], row['beside_bytes'])
+      cells = [f'{size / 1e9:.2f}' for size in (*parts, both)]
+      table.add_row(row['name'], *cells)
+    console.print(table)
+    console.print(
+      f'A block in float32 takes {result["block_bytes"] / 1e9:.2f} GB, the'
+      ' hidden states of all calibration sequences'
+      f' {result["states_bytes"] / 1e9:.2f} GB.'
+    )
+  console.print(NOTE)
 
 
 def _result(target: targets.Target) -> dict[str, Any]:
@@ -247,6 +305,11 @@ def _parser() -> argparse.ArgumentParser:
     '--target',
     required=True,
     help='comma-separated: slices of TPUs as v5p:2x2x1; h200, or h200:8',
+  )
+  parser.add_argument(
+    '--model',
+    help='of a configs/ptq: the shape of the model, one of'
+    f' {", ".join(MODELS)}',
   )
   parser.add_argument(
     '--json', action='store_true', help='print the figures as JSON, in bytes'

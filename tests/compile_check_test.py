@@ -52,6 +52,17 @@ def test_help(capsys):
     assert part in text
 
 
+def test_an_unknown_shape_of_a_model_is_refused(capsys, tmp_path):
+  error = refused(
+    capsys,
+    f'--config={ROOT}/configs/ptq/gptq.py',
+    '--model=llama9',
+    '--target=h200',
+    f'--probe={tmp_path}/answer',
+  )
+  assert '--model=llama9' in error and 'llama3-8b' in error
+
+
 def test_a_missing_compiler_is_told_before_anything_is_compiled(
   capsys, monkeypatch
 ):
@@ -77,15 +88,6 @@ def test_a_missing_compiler_is_told_before_anything_is_compiled(
 )
 def test_a_wrong_argument_is_told(capsys, arguments, expected):
   assert expected in refused(capsys, CONFIG, *arguments)
-
-
-def test_fields_are_set_as_for_a_run():
-  config = compile_check._config(
-    f'{ROOT}/configs/pquant.py:1.3b',
-    ['--config.model.n_experts=8', '--config.optim.peak_lr', '2e-3'],
-  )
-  assert config.model.n_experts == 8 and config.optim.peak_lr == 2e-3
-  assert config.model.d_model == 2048 and config.is_locked
 
 
 class FakeDevices:

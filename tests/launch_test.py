@@ -92,3 +92,12 @@ def test_glibc_knows_every_tunable():
   known = {line.split(':')[0] for line in done.stdout.splitlines()}
   for setting in launch.MALLOC.split(':'):
     assert setting.split('=')[0] in known
+
+
+def test_factorizations_get_one_thread_unless_it_is_set(monkeypatch):
+  monkeypatch.delenv('OPENBLAS_NUM_THREADS', raising=False)
+  launch.one_blas_thread()
+  assert os.environ['OPENBLAS_NUM_THREADS'] == '1'
+  monkeypatch.setenv('OPENBLAS_NUM_THREADS', '3')
+  launch.one_blas_thread()
+  assert os.environ['OPENBLAS_NUM_THREADS'] == '3'

@@ -32,13 +32,13 @@ SPECS = [
     ('ternary', 'int8', 'channel', 'tensor'),
     ('ternary', 'none', 'group'),
     ('int2', 'int4', 'tensor', 'token'),
-    ('int3', 'int4', 'tensor', 'tensor'),
+    ('int3', 'int6', 'tensor', 'tensor'),
     ('int4', 'int4', 'group', 'group'),
     ('int8', 'int8', 'channel', 'token'),
     ('int2_asym', 'none', 'group'),
-    ('int3_asym', 'int8', 'tensor', 'group'),
-    ('int4_asym', 'int8', 'channel', 'token'),
-    ('int8_asym', 'int8', 'tensor', 'tensor'),
+    ('int3_asym', 'int8_asym', 'tensor', 'group'),
+    ('int4_asym', 'int4_asym', 'channel', 'token'),
+    ('int8_asym', 'int6_asym', 'tensor', 'tensor'),
     ('fp8', 'int8', 'tensor', 'token'),
     ('fp8', 'none', 'group'),
   )
@@ -82,7 +82,8 @@ def value_and_gradients(x, w, dy, spec, method):
 def plain(spec, side):
   """Whether codes with one scale a row, or a column, are what is multiplied."""
   if side == 'x':
-    return spec.activation != 'none' and spec.activation_granularity != 'group'
+    whole = spec.activation != 'none' and not spec.activation.endswith('_asym')
+    return whole and spec.activation_granularity != 'group'
   whole = spec.weight not in ('none', 'binary_mix')
   whole &= not spec.weight.endswith('_asym')
   return whole and spec.granularity != 'group'

@@ -1,4 +1,4 @@
-"""Activation quantizers: the inputs of a linear layer, AbsMax to integers."""
+"""Activation quantizers: the inputs of a linear layer, as integers."""
 
 from collections.abc import Callable
 import functools
@@ -41,18 +41,54 @@ def absmax(
     Codes from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1 and a scale of as many
     axes: `[..., 1]`, `[1, ..., 1]` or `[..., K / group_size]`.
   """
-  check(granularity, group_size, x_MK.shape[-1])
-  most = 2 ** (bits - 1) - 1
-  x_MK = x_MK.astype(jnp.float32)
-  if granularity == 'group':
-    groups = x_MK.shape[-1] // group_size
-    x_MGI = x_MK.reshape(*x_MK.shape[:-1], groups, group_size)
-    codes_MGI, scale_MG1 = _absmax(x_MGI, -1, most)
-    codes_MK, scale = codes_MGI.reshape(x_MK.shape), scale_MG1.squeeze(-1)
-  else:
-    axes = -1 if granularity == 'token' else None
-    codes_MK, scale = _absmax(x_MK, axes, most)
+  codes_MK, scale = _by_granularity(
+    functools.partial(_absmax, most=2 ** (bits - 1) - 1),
+    *(x_MK, granularity, group_size),
+  )
   return qtensor.QTensor(codes_MK, scale, f'int{bits}')
+
+
+def asymmetric(
+  x_MK: jax.Array,
+  granularity: str = 'token',
+  group_size: int = 64,
+  *,
+  bits: int,
+) -> qtensor.QTensor:
+  """The range of x in 2^bits - 1 steps, with a code for 0 among its ends.
+
+    s = (max(x, 0) - min(x, 0)) / (2^bits - 1)    z = round(-2^(bits-1) - min/s)
+    c = round(x / s) + z, clipped to -2^(bits-1) .. 2^(bits-1) - 1
+
+  OmniQuant (2308.13137) and ZeroQAT (2509.00031) quantize inputs so, token by
+  token; the range here always has 0 in it.
+
+  Args:
+    x_MK: float, `[..., K]`; a token is a row.
+    granularity: one of `GRANULARITIES`.
+    group_size: of 'group'; must divide K.
+    bits: of a code.
+
+  Returns:
+    Codes, and a scale and a zero point as of `absmax`.
+  """
+  codes_MK, scale, zero = _by_granularity(
+    functools.partial(_asymmetric, bits=bits),
+    *(x_MK, granularity, group_size),
+  )
+  return qtensor.QTensor(codes_MK, scale, f'int{bits}', zero)
+
+
+def _by_granularity(quantize, x_MK, granularity, group_size):
+  """Codes of the shape of `x_MK`, and numbers that have as many axes."""
+  check(granularity, group_size, x_MK.shape[-1])
+  x_MK = x_MK.astype(jnp.float32)
+  if granularity != 'group':
+    return quantize(x_MK, -1 if granularity == 'token' else None)
+  groups = x_MK.shape[-1] // group_size
+  x_MGI = x_MK.reshape(*x_MK.shape[:-1], groups, group_size)
+  codes_MGI, *numbers = quantize(x_MGI, -1)
+  return codes_MGI.reshape(x_MK.shape), *(n.squeeze(-1) for n in numbers)
 
 
 def _absmax(x, axes, most):
@@ -61,6 +97,16 @@ def _absmax(x, axes, most):
   size = jnp.maximum(size, 1e-5)
   codes = jnp.clip(jnp.round(x * (most / size)), -most - 1, most)
   return codes.astype(jnp.int8), size / most
+
+
+def _asymmetric(x, axes, bits):
+  steps, low = 2**bits - 1, -(2 ** (bits - 1))
+  least = jnp.min(x, axes, keepdims=True, initial=0)
+  most = jnp.max(x, axes, keepdims=True, initial=0)
+  size = jnp.maximum(most - least, 1e-5)
+  zero = low - jnp.round(least * (steps / size))
+  codes = jnp.clip(jnp.round(x * (steps / size)) + zero, low, low + steps)
+  return codes.astype(jnp.int8), size / steps, zero.astype(jnp.int8)
 
 
 def check(granularity: str, group_size: int, width: int) -> None:
@@ -78,4 +124,7 @@ QUANTIZERS: dict[str, Callable[..., qtensor.QTensor]] = {
   'int8': functools.partial(absmax, bits=8),
   'int6': functools.partial(absmax, bits=6),
   'int4': functools.partial(absmax, bits=4),
+  'int8_asym': functools.partial(asymmetric, bits=8),
+  'int6_asym': functools.partial(asymmetric, bits=6),
+  'int4_asym': functools.partial(asymmetric, bits=4),
 }

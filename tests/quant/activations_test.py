@@ -16,23 +16,39 @@ def normal(*shape, seed=0):
 
 
 int8 = activations.QUANTIZERS['int8']
-BITS = {'int8': 8, 'int6': 6, 'int4': 4}
 ALL = [
   (n, g) for n in activations.QUANTIZERS for g in activations.GRANULARITIES
 ]
 for_all = pytest.mark.parametrize(('name', 'granularity'), ALL)
 
 
+def bits(name):
+  return int(name.removesuffix('_asym').removeprefix('int'))
+
+
 def slow(name, granularity, group_size, x):
   """Every scale by itself, rounded half to even; in float64."""
-  most = 2 ** (BITS[name] - 1) - 1
   x_GI = {
     'tensor': lambda: x.reshape(1, -1),
     'token': lambda: x.reshape(-1, x.shape[-1]),
     'group': lambda: x.reshape(-1, group_size),
   }[granularity]()
-  scale_G1 = np.maximum(np.abs(x_GI).max(-1, keepdims=True), 1e-5) / most
-  return (x_GI / scale_G1).round().reshape(x.shape), scale_G1.ravel()
+  if name.endswith('_asym'):
+    least = np.minimum(x_GI.min(-1, keepdims=True), 0)
+    most = np.maximum(x_GI.max(-1, keepdims=True), 0)
+    size, steps, low = (
+      most - least,
+      2 ** bits(name) - 1,
+      -(2 ** bits(name) // 2),
+    )
+    scale_G1 = np.maximum(size, 1e-5) / steps
+    zero_G1 = low - (least / scale_G1).round()
+    codes = ((x_GI / scale_G1).round() + zero_G1).clip(low, low + steps)
+  else:
+    most = 2 ** (bits(name) - 1) - 1
+    scale_G1 = np.maximum(np.abs(x_GI).max(-1, keepdims=True), 1e-5) / most
+    zero_G1, codes = np.zeros_like(scale_G1), (x_GI / scale_G1).round()
+  return codes.reshape(x.shape), scale_G1.ravel(), zero_G1.ravel()
 
 
 def group(width):
@@ -45,11 +61,18 @@ def group(width):
 def test_codes_and_scales_are_the_formula_in_float64(name, granularity, shape):
   x, size = normal(*shape), group(shape[-1])
   q = activations.QUANTIZERS[name](jnp.asarray(x), granularity, size)
-  codes, scale = slow(name, granularity, size, np.float64(x))
+  codes, scale, zero = slow(name, granularity, size, np.float64(x))
   np.testing.assert_array_equal(q.codes, codes)
   np.testing.assert_allclose(np.ravel(q.scale), scale, rtol=1e-6)
-  spread = np.repeat(scale, x.size // scale.size).reshape(shape)
-  np.testing.assert_allclose(q.dequantize(), codes * spread, rtol=1e-6)
+  if name.endswith('_asym'):
+    np.testing.assert_array_equal(np.ravel(q.zero), zero)
+  else:
+    assert q.zero is None
+  spread, offset = (
+    np.repeat(a, x.size // a.size).reshape(shape) for a in (scale, zero)
+  )
+  expected = (codes - offset) * spread
+  np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-6)
 
 
 @for_all
@@ -58,7 +81,7 @@ def test_a_quantizer_keeps_its_contract(name, granularity, dtype):
   x = jnp.asarray(normal(2, 3, 8)).astype(dtype)
   q = activations.QUANTIZERS[name](x, granularity, 4)
   assert set(np.unique(q.codes)) <= set(qtensor.ALPHABETS[q.alphabet])
-  assert q.alphabet == name
+  assert q.alphabet == name.removesuffix('_asym')
   assert q.codes.shape == (2, 3, 8) and q.codes.dtype == jnp.int8
   shapes = {'tensor': (1, 1, 1), 'token': (2, 3, 1), 'group': (2, 3, 2)}
   assert q.scale.shape == shapes[granularity]
@@ -117,6 +140,18 @@ def test_int8_is_within_half_a_step(shape, seed, size):
   absmax_M = np.abs(x_MK).max(-1)
   reached = np.abs(np.int32(q.codes)).max(-1) == 127
   assert reached[absmax_M >= 1e-5].all()
+
+
+def test_a_range_on_one_side_of_zero_has_all_codes():
+  x_MK = np.abs(normal(3, 64))
+  q = activations.QUANTIZERS['int4_asym'](jnp.asarray(x_MK))
+  np.testing.assert_array_equal(q.zero, -8)
+  np.testing.assert_array_equal(np.max(q.codes, -1), 7)
+  error, plain = (
+    np.abs(activations.QUANTIZERS[name](x_MK).dequantize() - x_MK).max()
+    for name in ('int4_asym', 'int4')
+  )
+  assert error < 0.6 * plain
 
 
 def test_a_token_of_zeros_stays_zero_and_finite():

@@ -1,0 +1,27 @@
+r"""SmoothQuant (2211.10438): outliers of inputs moved into the weights.
+
+  python scripts/quantize.py --config=configs/ptq/smoothquant.py --model=MODEL \
+      --dataset=DATA --out=models/smooth-w8a8
+
+Weights and inputs of 8 bits; the norm's gain takes the scales, so that nothing
+is left to be done when the model runs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.ptq import common
+from configs.ptq import rtn
+
+
+def get_config() -> ConfigDict:
+  """The paper's O1: weights by matrix, inputs by token."""
+  config = common.base('smoothquant')
+  # The share of the difficulty that moves from the inputs to the weights. The
+  # paper's for OPT; LLaMA takes 0.85.
+  config.method = ConfigDict(dict(alpha=0.5))
+  config.quantizer = 'rtn'
+  config.quantizer_options = rtn.options(
+    bits=8, granularity='tensor', symmetric=True
+  )
+  config.activation = 'int8'
+  return config.lock()

@@ -1,0 +1,155 @@
+"""The Hessian of a layer's outputs in its weights, damped and factored.
+
+H = 2/n sum x^T x over n tokens, the same for every output. The papers take the
+upper Cholesky factor U of its inverse, U^T U = H^-1. With R upper triangular
+and H = R R^T, U is R^-1: its diagonal, and what GPTQ needs of the rest, come
+from R without inverting anything, in a third of the work and with more digits.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax import numpy as jnp
+
+from qat.ptq import statistics as statistics_lib
+
+MAX_RAISES = 150  # How often the damping is added again, as in TaCQ's code.
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('order_K', 'dead_K', 'feedback_KK', 'diagonal_K', 'raises'),
+  meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """A Hessian factored once for all layers that read the same inputs.
+
+  Attributes:
+    order_K: int32, the inputs in the order in which they are rounded; that of
+      all arrays below but `dead_K`.
+    dead_K: bool, inputs that were always 0, in their own order.
+    feedback_KK: float32, R_ij / R_jj above the diagonal, else 0.
+    diagonal_K: float32, U_jj = 1 / R_jj.
+    raises: int32, how often the damping had to be added again.
+  """
+
+  order_K: jax.Array
+  dead_K: jax.Array
+  feedback_KK: jax.Array
+  diagonal_K: jax.Array
+  raises: jax.Array
+
+
+def factor(
+  statistics: statistics_lib.Statistics,
+  percdamp: float,
+  act_order: bool = False,
+) -> Factor:
+  """The damped Hessian's factor.
+
+  Not for use under `jit`: it looks at the numbers.
+
+  Args:
+    statistics: of the inputs.
+    percdamp: what is added to H's diagonal, as a share of its mean.
+    act_order: whether inputs are ordered by falling diagonal of H, rather than
+      as they are.
+
+  Raises:
+    ValueError: where no tokens were seen, or damping does not help.
+  """
+  if not float(statistics.tokens) > 0:
+    raise ValueError(
+      f'Statistics of tokens={float(statistics.tokens)}: calibrate with at'
+      ' least one token before quantizing.'
+    )
+  found = _factor(statistics, jnp.float32(percdamp), act_order)
+  if not bool(jnp.all(jnp.isfinite(found.diagonal_K))):
+    raise ValueError(
+      f'The Hessian of {found.order_K.size} inputs has no Cholesky factor'
+      f' with percdamp={percdamp}, added {int(found.raises) + 1} times; raise'
+      ' percdamp, and look for NaN or infinite activations.'
+    )
+  return found
+
+
+def factored(
+  statistics: statistics_lib.Statistics | Factor,
+  shape: tuple[int, int],
+  percdamp: float,
+  act_order: bool,
+) -> Factor:
+  """The factor of statistics, or the one that is given, for a matrix `[K, N]`.
+
+  Raises:
+    ValueError: for statistics of another number of inputs; see also `factor`.
+  """
+  if isinstance(statistics, statistics_lib.Statistics):
+    inputs = statistics.gram_KK.shape[0]
+  else:
+    inputs = statistics.order_K.size
+  if inputs != shape[0]:
+    raise ValueError(
+      f'Statistics of {inputs} inputs for a matrix {tuple(shape)}: it needs'
+      f' those of {shape[0]}.'
+    )
+  if isinstance(statistics, Factor):
+    return statistics
+  return factor(statistics, percdamp, act_order)
+
+
+@functools.partial(jax.jit, static_argnames='act_order')
+def _factor(
+  statistics: statistics_lib.Statistics, percdamp: jax.Array, act_order: bool
+) -> Factor:
+  gram_KK = statistics.gram_KK.astype(jnp.float32)
+  inputs = gram_KK.shape[0]
+  hessian_KK = gram_KK * (2 / statistics.tokens)
+  diagonal_K = jnp.diagonal(hessian_KK)
+  dead_K = diagonal_K == 0
+  diagonal_K = jnp.where(dead_K, 1, diagonal_K)
+  order_K = jnp.arange(inputs, dtype=jnp.int32)
+  if act_order:
+    order_K = jnp.argsort(-diagonal_K, stable=True).astype(jnp.int32)
+    hessian_KK = hessian_KK[order_K][:, order_K]
+    diagonal_K = diagonal_K[order_K]
+  damp = percdamp * jnp.mean(diagonal_K)
+  at = jnp.arange(inputs)
+
+  def attempt(state):
+    raises, _ = state
+    diagonal = diagonal_K + damp * (raises + 2)
+    damped_KK = hessian_KK.at[at, at].set(diagonal)
+    # Backwards, because the factor is to be upper triangular.
+    lower_KK = jax.lax.linalg.cholesky(
+      damped_KK[::-1, ::-1], symmetrize_input=False
+    )
+    return raises + 1, lower_KK[::-1, ::-1]
+
+  def failed(state):
+    raises, root_KK = state
+    sound = jnp.all(jnp.isfinite(jnp.diagonal(root_KK)))
+    return ~sound & (raises < MAX_RAISES)
+
+  nothing_KK = jnp.full_like(hessian_KK, jnp.nan)
+  raises, root_KK = jax.lax.while_loop(
+    failed, attempt, (jnp.int32(-1), nothing_KK)
+  )
+  root_K = jnp.diagonal(root_KK)
+  feedback_KK = jnp.triu(root_KK / root_K[None], 1)
+  return Factor(order_K, dead_K, feedback_KK, 1 / root_K, raises)
+
+
+def inverse_root(factor: Factor) -> jax.Array:
+  """U, upper triangular, U^T U = H^-1, for methods that need all of it.
+
+  Returns:
+    float32 `[K, K]` in the order of `order_K`.
+  """
+  eye_KK = jnp.eye(factor.order_K.size, dtype=jnp.float32)
+  inverse_KK = jax.scipy.linalg.solve_triangular(
+    eye_KK + factor.feedback_KK, eye_KK, unit_diagonal=True
+  )
+  return factor.diagonal_K[:, None] * inverse_KK

@@ -1,0 +1,155 @@
+"""Checks of a config against a model, before any work."""
+
+import pytest
+
+from qat.nn import transformer
+from qat.ptq import plan
+from qat.quant import rules as rules_lib
+from tests import clean
+from tests import tiny
+
+STEMS = (
+  'rtn',
+  'splitquant',
+  'gptq',
+  'spqr',
+  'slim_llm',
+  'billm',
+  'omniquant',
+  'smoothquant',
+  'dbellquant',
+  'tacq',
+)
+# What a width of 32 needs that the papers' models do not.
+FITTING = {
+  'spqr': {'method__second_group_size': 16},
+}
+
+
+def shapes(config):
+  return transformer.abstract_params(transformer.build(config, 'cpu', 1))
+
+
+def make(stem, config=None, **fields):
+  config = config or clean.config()
+  return plan.make(config, shapes(config), clean.ptq(stem, **fields))
+
+
+def refused(*args, **fields):
+  with pytest.raises(ValueError) as error:
+    make(*args, **fields)
+  return str(error.value)
+
+
+def test_every_method_has_a_config_of_its_name():
+  assert set(STEMS) == set(plan.ALGORITHMS)
+  for stem in STEMS:
+    assert clean.ptq(stem).algorithm == stem
+
+
+@pytest.mark.parametrize('stem', STEMS)
+def test_a_config_becomes_a_plan(stem):
+  found = make(stem, **FITTING.get(stem, {}))
+  assert list(found.layers) == ['block_0', 'block_1']
+  assert found.layers['block_0'] == (
+    *('attn/q', 'attn/k', 'attn/v', 'attn/o'),
+    *('ffn/gate', 'ffn/up', 'ffn/down'),
+  )
+  assert bool(found.scales) == (stem in ('smoothquant', 'dbellquant'))
+  assert bool(found.corrupt) == (stem == 'tacq')
+  assert (found.epochs is not None) == (stem == 'omniquant')
+  needs = stem not in ('rtn', 'splitquant')
+  assert plan.needs_examples(clean.ptq(stem)) == needs
+
+
+def test_a_plain_layer_has_no_gate():
+  config = clean.config(
+    model__ffn='plain',
+    model__activation='relu',
+    model__norm_type='layer',
+    model__bias='all',
+    model__positions='learned',
+    model__max_positions=16,
+  )
+  found = make('gptq', config)
+  assert found.layers['block_1'][4:] == ('ffn/up', 'ffn/down')
+  with pytest.raises(ValueError, match='at most 16'):
+    plan.check_examples(config, clean.ptq('gptq'), clean.examples(length=17))
+
+
+def test_rules_quantize_the_inputs_of_the_chosen_layers():
+  config = clean.config()
+  all_of_them = make('gptq', activation='int6').config
+  rules = rules_lib.make_rules(all_of_them.quant.rules, all_of_them.quant.specs)
+  rules.check(rules_lib.kernels(shapes(config)))
+  assert rules.find('block_1/attn/o').activation == 'int6'
+  some = make('gptq', activation='int8', layers='block_1/.*').config
+  rules = rules_lib.make_rules(some.quant.rules, some.quant.specs)
+  rules.check(rules_lib.kernels(shapes(config)))
+  assert rules.find('block_0/attn/o').activation == 'none'
+  assert rules.find('block_1/attn/o').activation == 'int8'
+
+
+def test_tacq_corrupts_with_as_many_bits():
+  made = clean.ptq('tacq', quantizer_options__bits=2)
+  assert made.corrupt.bits == 2 and not made.corrupt.mse
+
+
+@pytest.mark.parametrize(
+  ('stem', 'fields', 'expected'),
+  [
+    ('gptq', {'algorithm': 'awq'}, "config.algorithm='awq'; there are rtn"),
+    ('tacq', {'quantizer': 'rtn'}, 'tacq keeps weights in gptq'),
+    ('gptq', {'quantizer': 'rtn'}, 'make them equal'),
+    ('smoothquant', {'quantizer': 'dbellquant'}, 'there are rtn'),
+    ('gptq', {'layers': 'block_7/.*'}, 'matches no layer; the layers are'),
+    ('gptq', {'layers': '('}, 'is no regex'),
+    ('gptq', {'activation': 'int5'}, "config.activation='int5'"),
+    ('gptq', {'method.bits': 5}, 'block_0/attn/q, 32 x 32: .*bits=5'),
+    ('gptq', {'method.group_size': 12}, 'block_0/attn/q, 32 x 32: .*12'),
+    ('rtn', {'method.granularity': 'group'}, '32 x 32: .*128'),
+    ('splitquant', {'method.storage': 'none'}, 'storage'),
+    ('smoothquant', {'method.alpha': 2.0}, 'alpha=2.0'),
+    ('tacq', {'corrupt.group_size': 12}, '12'),
+    ('smoothquant', {'quantizer': 'omniquant'}, 'prepares the model itself'),
+    ('omniquant', {'method.group_size': 12}, 'block_0/attn/q, 32 x 32: .*12'),
+    ('omniquant', {'method.let_qk': True}, 'let=False'),
+  ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(stem, fields, expected):
+  fields = {key.replace('.', '__'): value for key, value in fields.items()}
+  with pytest.raises(ValueError, match=expected):
+    make(stem, **fields)
+
+
+def test_fields_of_another_method_are_refused():
+  ptq = clean.ptq('rtn').unlock()
+  del ptq.method.mse
+  ptq.method.alpha = 1.0
+  config = clean.config()
+  with pytest.raises(ValueError, match='config.method lacks mse, which rtn'):
+    plan.make(config, shapes(config), ptq)
+  ptq.method.mse = False
+  with pytest.raises(ValueError, match='config.method has alpha, which rtn'):
+    plan.make(config, shapes(config), ptq)
+
+
+def test_a_model_that_was_trained_in_low_bits_is_refused():
+  config = tiny.config('bitnet', {'model.scan_layers': False})
+  assert "block_0/attn/k was trained in low bits (weight='bin" in refused(
+    'rtn', config
+  )
+  config = tiny.config('pquant', {'model.scan_layers': False})
+  assert "config.model.ffn='decoupled'" in refused('rtn', config)
+  config = clean.config(model__scan_layers=True)
+  assert 'config.model.scan_layers=True' in refused('rtn', config)
+
+
+def test_examples_have_to_be_there_and_to_be_the_models():
+  config, ptq = clean.config(), clean.ptq('gptq')
+  with pytest.raises(ValueError, match='needs calibration sequences'):
+    plan.check_examples(config, ptq, None)
+  with pytest.raises(ValueError, match='another tokenizer'):
+    plan.check_examples(config, ptq, clean.examples(vocabulary=999))
+  plan.check_examples(config, ptq, clean.examples())
+  plan.check_examples(config, clean.ptq('rtn'), None)
