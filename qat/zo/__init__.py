@@ -1,0 +1,1 @@
+"""Gradients from forward passes alone: functions on pytrees, no flax."""
