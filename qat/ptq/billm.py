@@ -23,10 +23,10 @@ import functools
 import jax
 from jax import numpy as jnp
 
-from qat.ptq import grid
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
 from qat.quant import composed
+from qat.quant import float16
 
 # Shares of the rest that may count as small.
 _PERCENTILES = tuple(p / 100 for p in range(10, 91))
@@ -266,13 +266,13 @@ def _binarize(
   rest_BN = (~salient_B & real_B)[:, None] & jnp.ones_like(large_BN)
 
   def once(values_BN, part_BN, offset_N=0.0):
-    """Mean, scale and signs; the mean is half(offset + it) - offset."""
+    """Mean, scale and signs; offset + mean is a float16."""
     size_N = jnp.maximum(jnp.sum(part_BN, 0, dtype=jnp.float32), 1)
     mean_N = jnp.sum(jnp.where(part_BN, values_BN, 0), 0) / size_N
-    mean_N = grid.half(offset_N + mean_N) - offset_N
+    mean_N = float16.nearest(offset_N + mean_N) - offset_N
     off_BN = values_BN - mean_N[None]
     size = jnp.sum(jnp.where(part_BN, jnp.abs(off_BN), 0), 0) / size_N
-    return mean_N, grid.half(size), jnp.where(off_BN > 0, 1, -1)
+    return mean_N, float16.nearest(size), jnp.where(off_BN > 0, 1, -1)
 
   small = once(w_BN, rest_BN & ~large_BN)
   large = once(w_BN, rest_BN & large_BN)

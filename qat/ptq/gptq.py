@@ -146,7 +146,7 @@ def compensate(
     w_KN: weights.
     factor: of their Hessian.
     fit: from weights `[group_size, N]` and their inputs, `[group_size]`, to a
-      grid with one scale a column.
+      grid with one scale a column, its arrays `[1, ...]`.
     kept: from weights, the levels next to them and their inputs (one or many,
       with the axis that weights have) to the bools of those that are not
       rounded; None: all are.
@@ -155,10 +155,10 @@ def compensate(
     block_size: as in `Options`.
 
   Returns:
-    int8 codes `[K, N]`; a grid with arrays `[G, N]`; what kept weights are
-    beyond the level of their code, float16 `[K, N]`, or None.
+    int8 codes `[K, N]`; the grids of `fit`, their arrays `[G, ...]`; what kept
+    weights are beyond the level of their code, float16 `[K, N]`, or None.
   """
-  inputs, columns = w_KN.shape
+  inputs = w_KN.shape[0]
   groups = inputs // group_size
   w_KN = w_KN.astype(jnp.float32)
   w_KN = jnp.where(factor.dead_K[:, None], 0, w_KN)
@@ -171,11 +171,12 @@ def compensate(
     found = jax.lax.map(
       lambda each: fit(*each), (w_KN.reshape(groups, group_size, -1), rows_GI)
     )
-    scale_GN, zero_GN, bits = found.scale[:, 0], found.zero[:, 0], found.bits
+    found = jax.tree.map(lambda a: a[:, 0], found)
   else:
     found = jax.eval_shape(fit, w_KN[:group_size], rows_GI[0])
-    scale_GN = jnp.ones((groups, columns), jnp.float32)
-    zero_GN, bits = jnp.zeros_like(scale_GN), found.bits
+    found = jax.tree.map(
+      lambda a: jnp.zeros((groups, *a.shape[1:]), a.dtype), found
+    )
 
   # Rows in the order of rounding. Those that fill the last block are all 0 and
   # nothing depends on them.
@@ -210,32 +211,31 @@ def compensate(
     return jax.lax.dynamic_slice_in_dim(w_KN, start, group_size) + change_IN
 
   def do_block(b, state):
-    error_KN, codes_KN, exact_KN, scale_GN, zero_GN = state
+    error_KN, codes_KN, exact_KN, found = state
     start = b * block
     w_BN = jax.lax.dynamic_slice_in_dim(w_KN, start, block)
     rows_B = jax.lax.dynamic_slice_in_dim(order_K, start, block)
     now_BN = w_BN + change(error_KN, start, block)
     if not static_groups:
 
-      def refit(scales):
+      def refit(old):
         g = start // group_size
         new = fit(compensated(error_KN, g), start + jnp.arange(group_size))
-        return (
-          jax.lax.dynamic_update_slice_in_dim(scales[0], new.scale, g, 0),
-          jax.lax.dynamic_update_slice_in_dim(scales[1], new.zero, g, 0),
+        return jax.tree.map(
+          lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, g, 0), old, new
         )
 
-      scale_GN, zero_GN = jax.lax.cond(
-        start % group_size == 0, refit, lambda old: old, (scale_GN, zero_GN)
+      found = jax.lax.cond(
+        start % group_size == 0, refit, lambda old: old, found
       )
     group_B = rows_B // group_size
-    levels = grid.Grid(scale_GN[group_B], zero_GN[group_B], bits)
+    levels = jax.tree.map(lambda a: a[group_B], found).numbers()
     feedback_BB = jax.lax.dynamic_slice(
       feedback_KK, (start, start), (block, block)
     )
 
     def do_row(i, now_BN):
-      mine = grid.Grid(levels.scale[i], levels.zero[i], bits)
+      mine = jax.tree.map(lambda a: a[i], levels)
       value_N = now_BN[i]
       q_N = mine.round(value_N)
       if kept is not None:
@@ -260,20 +260,18 @@ def compensate(
         codes_KN, new_BN.astype(jnp.int8), start, 0
       ),
       exact_KN,
-      scale_GN,
-      zero_GN,
+      found,
     )
 
   state = (
     jnp.zeros_like(w_KN),
     jnp.zeros(w_KN.shape, jnp.int8),
     None if kept is None else jnp.zeros(w_KN.shape, jnp.float16),
-    scale_GN,
-    zero_GN,
+    found,
   )
-  _, codes_KN, exact_KN, scale_GN, zero_GN = jax.lax.fori_loop(
+  _, codes_KN, exact_KN, found = jax.lax.fori_loop(
     0, w_KN.shape[0] // block, do_block, state
   )
   back_K = jnp.argsort(factor.order_K)
   exact_KN = None if exact_KN is None else exact_KN[back_K]
-  return codes_KN[back_K], grid.Grid(scale_GN, zero_GN, bits), exact_KN
+  return codes_KN[back_K], found, exact_KN

@@ -12,6 +12,8 @@ import functools
 import jax
 from jax import numpy as jnp
 
+from qat.quant import composed
+from qat.quant import float16
 from qat.quant import qtensor
 
 BITS = (2, 3, 4, 8)
@@ -21,10 +23,6 @@ BITS = (2, 3, 4, 8)
 STEPS = 80
 STEP = 0.01
 NORM = 2.4
-
-# The smallest positive float16, and the smallest that keeps all its digits.
-SMALLEST = 2.0**-24
-NORMAL = 2.0**-14
 
 
 @functools.partial(
@@ -37,14 +35,21 @@ class Grid:
   """The levels (c - zero) * scale of the codes c of so many bits.
 
   Attributes:
-    scale: float32, broadcastable to the weights.
-    zero: float32, the code of the value 0, of the shape of `scale`.
+    scale: float32, broadcastable to the weights; or, of a grid that is only
+      kept, `composed.Levels`.
+    zero: float32, the code of the value 0, of the shape of `scale`; or Levels.
     bits: of a code.
   """
 
-  scale: jax.Array
-  zero: jax.Array
+  scale: jax.Array | composed.Levels
+  zero: jax.Array | composed.Levels
   bits: int
+
+  def numbers(self) -> 'Grid':
+    """The same grid, with the values of Levels in their place."""
+    return Grid(
+      composed.numbers(self.scale), composed.numbers(self.zero), self.bits
+    )
 
   def encode(self, w: jax.Array) -> jax.Array:
     """The codes of the levels next to the weights, float32."""
@@ -73,16 +78,6 @@ def check_bits(bits: int) -> None:
   """Raises a ValueError where no alphabet has codes of so many bits."""
   if bits not in BITS:
     raise ValueError(f'No grid has codes of bits={bits}; take one of {BITS}.')
-
-
-def half(values: jax.Array) -> jax.Array:
-  """Values rounded to the nearest float16, as float32.
-
-  A conversion there and back is one that XLA may leave out under `jit`.
-  """
-  rounded = jax.lax.reduce_precision(values, exponent_bits=5, mantissa_bits=10)
-  small = jnp.round(values / SMALLEST) * SMALLEST  # Fewer digits than 11 bits.
-  return jnp.where(jnp.abs(values) < NORMAL, small, rounded)
 
 
 def replace_ignored(w_IN: jax.Array, ignored_IN: jax.Array) -> jax.Array:
@@ -131,7 +126,8 @@ def spanning(
   range of no extent is the smallest there is.
   """
   low, high = limits(bits)
-  scale = jnp.maximum(half((most - least) / (high - low)), SMALLEST)
+  scale = float16.nearest((most - least) / (high - low))
+  scale = jnp.maximum(scale, float16.SMALLEST)
   if symmetric:
     return Grid(scale, jnp.zeros_like(scale), bits)
   zero = jnp.clip(jnp.round(low - least / scale), low, high)

@@ -25,6 +25,7 @@ from qat.ptq import grid
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
 from qat.quant import composed
+from qat.quant import float16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,8 +272,8 @@ def _round(w, scale, zero, bits: jax.Array) -> jax.Array:
 def _spanning(least, most, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scale and zero of all codes from `least` to `most`; see `grid.spanning`."""
   low, high = _limits(bits)
-  scale = grid.half((most - least) / (high - low))
-  scale = jnp.maximum(scale, grid.SMALLEST)
+  scale = float16.nearest((most - least) / (high - low))
+  scale = jnp.maximum(scale, float16.SMALLEST)
   return scale, jnp.clip(jnp.round(low - least / scale), low, high)
 
 
@@ -283,8 +284,8 @@ def _binary(
   count = jnp.sum(there_I1)
   mean_1N = jnp.sum(w_IN, 0, where=there_I1, keepdims=True) / count
   size_1N = jnp.sum(jnp.abs(w_IN), 0, where=there_I1, keepdims=True) / count
-  scale_1N = jnp.maximum(grid.half(2 * size_1N), grid.SMALLEST)
-  return scale_1N, grid.half(0.5 - mean_1N / scale_1N)
+  scale_1N = jnp.maximum(float16.nearest(2 * size_1N), float16.SMALLEST)
+  return scale_1N, float16.nearest(0.5 - mean_1N / scale_1N)
 
 
 def _of_share(

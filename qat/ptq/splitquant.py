@@ -22,6 +22,7 @@ import numpy as np
 from qat.ptq import clusters
 from qat.ptq import grid
 from qat.quant import composed
+from qat.quant import float16
 from qat.quant import qtensor
 
 CLUSTERS = 3
@@ -196,7 +197,7 @@ def _grids(
   # One value, which has to be a level, or none.
   scale = np.where(scale > 0, scale, np.abs(least))
   scale = np.where(scale > 0, scale, 1).astype(np.float32)
-  normal = (scale >= grid.NORMAL) & (scale < 65504)
+  normal = (scale >= float16.NORMAL) & (scale < 65504)
   rounded = np.where(normal, scale, 1).astype(np.float16).astype(np.float32)
   scale = np.where(normal, rounded, scale)
   zero = low - least / scale

@@ -17,6 +17,8 @@ from qat.ptq import grid
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
 from qat.quant import blocks
+from qat.quant import composed
+from qat.quant import float16
 from qat.quant import qtensor
 
 
@@ -82,7 +84,7 @@ def quantize(
   w_KN: jax.Array,
   statistics: statistics_lib.Statistics | hessian.Factor,
   options: Options,
-) -> qtensor.QTensor:
+) -> qtensor.QTensor | composed.TwoLevel:
   """Weights rounded by SpQR.
 
   Args:
@@ -92,6 +94,7 @@ def quantize(
     options: see there.
 
   Returns:
+    TwoLevel, or QTensor where neither scales nor zero points have codes.
     `exact` holds what kept weights are beyond the level of their code: all of
     it, where zero points are integers.
 
@@ -108,7 +111,7 @@ def quantize(
 @functools.partial(jax.jit, static_argnames='options')
 def solve(
   w_KN: jax.Array, factor: hessian.Factor, options: Options
-) -> qtensor.QTensor:
+) -> qtensor.QTensor | composed.TwoLevel:
   """`quantize` without its checks, for use under `jit` and `vmap`."""
   w_KN = jnp.where(factor.dead_K[:, None], 0, w_KN.astype(jnp.float32))
   diagonal_K = jnp.zeros_like(factor.diagonal_K)
@@ -136,9 +139,9 @@ def solve(
     block_size=options.block_size,
   )
   zero = found.zero if options.zero_bits else found.zero.astype(jnp.int8)
-  return qtensor.QTensor(
-    codes_KN, found.scale, f'int{options.bits}', zero, exact_KN
-  )
+  two = options.scale_bits or options.zero_bits
+  kind = composed.TwoLevel if two else qtensor.QTensor
+  return kind(codes_KN, found.scale, f'int{options.bits}', zero, exact_KN)
 
 
 def removal_gains(
@@ -191,7 +194,7 @@ def _two_levels(w_IN: jax.Array, options: Options) -> grid.Grid:
   if options.scale_bits:
     scale = second_level(scale, options.scale_bits, size)
   least, _ = grid.extent(w_IN, symmetric=False)
-  zero = jnp.clip(low - least / scale, low, high)
+  zero = jnp.clip(low - least / composed.numbers(scale), low, high)
   if options.zero_bits:
     zero = second_level(zero, options.zero_bits, size)
   else:
@@ -199,10 +202,10 @@ def _two_levels(w_IN: jax.Array, options: Options) -> grid.Grid:
   return grid.Grid(scale, zero, options.bits)
 
 
-def second_level(values_1N: jax.Array, bits: int, size: int) -> jax.Array:
+def second_level(values_1N: jax.Array, bits: int, size: int) -> composed.Levels:
   """Values rounded to 2^bits levels between the least and most of neighbours.
 
-  The least and the step are float16, and so is what comes out. Unlike the
+  The least and the step are float16, and so are the values. Unlike the
   weights' range, this one does not contain 0: no scale becomes 0.
 
   Args:
@@ -211,12 +214,16 @@ def second_level(values_1N: jax.Array, bits: int, size: int) -> jax.Array:
     size: how many neighbours share a grid, a divisor of N.
   """
   values_PS = values_1N.reshape(-1, size)
-  base_P1 = grid.half(jnp.min(values_PS, 1, keepdims=True))
+  base_P1 = float16.nearest(jnp.min(values_PS, 1, keepdims=True))
   span_P1 = jnp.max(values_PS, 1, keepdims=True) - base_P1
-  step_P1 = jnp.maximum(grid.half(span_P1 / (2**bits - 1)), grid.SMALLEST)
+  step_P1 = jnp.maximum(
+    float16.nearest(span_P1 / (2**bits - 1)), float16.SMALLEST
+  )
   codes_PS = jnp.round((values_PS - base_P1) / step_P1)
-  codes_PS = jnp.clip(codes_PS, 0, 2**bits - 1)
-  return grid.half(base_P1 + codes_PS * step_P1).reshape(values_1N.shape)
+  codes_PS = jnp.clip(codes_PS, 0, 2**bits - 1).astype(jnp.uint8)
+  return composed.Levels(
+    codes_PS.reshape(values_1N.shape), base_P1.T, step_P1.T, bits
+  )
 
 
 def average_bits(options: Options, inputs: int, outlier_share: float) -> float:

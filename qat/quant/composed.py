@@ -2,8 +2,8 @@
 
 Each is a pytree that can stand as 'kernel' in a parameter tree, as a QTensor
 can: it has `shape`, and `dequantize` gives the matrix that the layer multiplies
-by. Scales are float32 arrays here; what a file keeps of them, and in how many
-bits, is `packing`'s.
+by. Scales are float32 arrays here, or Levels; what a file keeps of them, and in
+how many bits, is `packing`'s.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import functools
 import jax
 from jax import numpy as jnp
 
+from qat.quant import float16
 from qat.quant import qtensor
 
 
@@ -155,8 +156,77 @@ class Binarized:
     return jnp.where(self.salient_K[:, None], salient, plain).astype(dtype)
 
 
-Quantized = qtensor.QTensor | Sum | Clustered | MixedBits | Binarized
-KINDS = (qtensor.QTensor, Sum, Clustered, MixedBits, Binarized)
+@_pytree('codes', 'base', 'step', meta=('bits',))
+@dataclasses.dataclass(frozen=True)
+class Levels:
+  """base + codes * step, rounded to float16: scales that have codes themselves.
+
+  Attributes:
+    codes: uint8 `[G, N]`, below 2^bits.
+    base: float32 `[G, P]`, for each of P groups of neighbours, equally many
+      each.
+    step: float32 `[G, P]`.
+    bits: of a code, 1 to 8.
+  """
+
+  codes: jax.Array
+  base: jax.Array
+  step: jax.Array
+  bits: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the values, `(G, N)`."""
+    return self.codes.shape
+
+  def values(self) -> jax.Array:
+    """What the codes stand for, float32."""
+    codes = self.codes.astype(jnp.float32)
+    base, step = (qtensor.spread(a, self.shape) for a in (self.base, self.step))
+    return float16.nearest(base + codes * step)
+
+
+def numbers(values: jax.Array | Levels) -> jax.Array:
+  """The values of Levels; an array as it is."""
+  return values.values() if isinstance(values, Levels) else values
+
+
+@_pytree('codes', 'scale', 'zero', 'exact', meta=('alphabet',))
+@dataclasses.dataclass(frozen=True)
+class TwoLevel:
+  """A QTensor whose scales or zero points have codes themselves (SpQR).
+
+  Attributes:
+    codes: as in `qtensor.QTensor`, `[K, N]`.
+    scale: `[G, N]`, Levels or as there.
+    alphabet: as there.
+    zero: `[G, N]`, Levels or as there.
+    exact: as there.
+  """
+
+  codes: jax.Array
+  scale: jax.Array | Levels
+  alphabet: str
+  zero: jax.Array | Levels
+  exact: jax.Array | None = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the matrix, `(K, N)`."""
+    return self.codes.shape
+
+  def one_level(self) -> qtensor.QTensor:
+    """The same matrix with numbers for scales and zero points."""
+    scale, zero = numbers(self.scale), numbers(self.zero)
+    return qtensor.QTensor(self.codes, scale, self.alphabet, zero, self.exact)
+
+  def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The matrix, rounded once."""
+    return self.one_level().dequantize(dtype)
+
+
+KINDS = (qtensor.QTensor, Sum, Clustered, MixedBits, Binarized, TwoLevel)
+Quantized = qtensor.QTensor | Sum | Clustered | MixedBits | Binarized | TwoLevel
 
 
 def is_quantized(leaf: object) -> bool:

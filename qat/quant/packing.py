@@ -3,8 +3,9 @@
 Codes of b bits lie in b bit planes, eight weights a byte; ternary codes five to
 a byte; float8 codes as they are. Scales and zero points are float16 where that
 changes none of them, else float32; zero points that are integers take as many
-bits as the largest needs. Of `exact`, what is not 0 is kept: 16 bits of value
-and 16 bits of distance from the one before, row by row.
+bits as the largest needs. Those that have codes themselves are bit planes, too,
+and two numbers for each group of codes. Of `exact`, what is not 0 is kept: 16
+bits of value and 16 bits of distance from the one before, row by row.
 
 `unpack(*pack(leaf))` is the leaf, bit for bit. All of it is NumPy on the host.
 """
@@ -18,11 +19,11 @@ import numpy as np
 from qat.quant import bitplanes
 from qat.quant import composed
 from qat.quant import qtensor
+from qat.quant import sparse
 
 Arrays = dict[str, np.ndarray]
 Meta = dict[str, Any]
 
-_FAR = 2**16 - 1  # The largest distance that 16 bits hold.
 _EXACT = {'bfloat16': jnp.bfloat16, 'float16': np.float16}
 _WHOLE = {'int8': np.int8, 'float32': np.float32}
 
@@ -48,7 +49,7 @@ def pack(leaf: composed.Quantized) -> tuple[Arrays, Meta]:
         inner, inner_meta = pack(part)
         arrays |= {f'{i}.{name}': a for name, a in inner.items()}
         meta['parts'].append(inner_meta)
-    case qtensor.QTensor():
+    case qtensor.QTensor() | composed.TwoLevel():
       _pack_qtensor(leaf, arrays, meta)
     case composed.Clustered():
       meta['alphabet'] = leaf.alphabet
@@ -102,7 +103,7 @@ def unpack(
         for i, part in enumerate(meta['parts'])
       )
     )
-  if kind == 'QTensor':
+  if kind in ('QTensor', 'TwoLevel'):
     return _unpack_qtensor(arrays, meta, shape)
   if kind == 'Clustered':
     cluster = bitplanes.unplane(arrays['cluster'], meta['cluster_bits'], shape)
@@ -194,7 +195,15 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _pack_numbers(name: str, values, arrays: Arrays, meta: Meta) -> None:
-  """int8 or float32 of any shape, in the smallest form that loses nothing."""
+  """Levels, int8 or float32, in the smallest form that loses nothing."""
+  if isinstance(values, composed.Levels):
+    codes, bits = np.asarray(values.codes), values.bits
+    bitplanes.check_below(codes, 2**bits, f'a code of {name}')
+    arrays[name] = bitplanes.planes(codes, bits)
+    meta[name] = {'levels': bits, 'shape': list(codes.shape)}
+    _pack_numbers(f'{name}.base', values.base, arrays, meta)
+    _pack_numbers(f'{name}.step', values.step, arrays, meta)
+    return
   values = np.ascontiguousarray(values)
   if values.dtype.name not in _WHOLE:
     raise ValueError(f'{name} is {values.dtype}; want one of {list(_WHOLE)}.')
@@ -214,9 +223,17 @@ def _pack_numbers(name: str, values, arrays: Arrays, meta: Meta) -> None:
 
 def _unpack_numbers(
   name: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
-) -> np.ndarray:
+) -> np.ndarray | composed.Levels:
   if name not in meta:
     return np.asarray(arrays[name], np.float32)
+  if isinstance(meta[name], Mapping):
+    bits, shape = meta[name]['levels'], tuple(meta[name]['shape'])
+    codes = bitplanes.unplane(arrays[name], bits, shape)
+    base, step = (
+      _unpack_numbers(f'{name}.{part}', arrays, meta)
+      for part in ('base', 'step')
+    )
+    return composed.Levels(codes, base, step, bits)
   bits, dtype, shape = meta[name]
   return bitplanes.signed(
     bitplanes.unplane(arrays[name], bits, tuple(shape)), bits
@@ -226,7 +243,9 @@ def _unpack_numbers(
 # -------------------------------------------------------------- kinds of leaves
 
 
-def _pack_qtensor(leaf: qtensor.QTensor, arrays: Arrays, meta: Meta) -> None:
+def _pack_qtensor(
+  leaf: qtensor.QTensor | composed.TwoLevel, arrays: Arrays, meta: Meta
+) -> None:
   codes, alphabet = np.asarray(leaf.codes), leaf.alphabet
   meta['alphabet'] = alphabet
   exact = None if leaf.exact is None else np.ascontiguousarray(leaf.exact)
@@ -234,7 +253,7 @@ def _pack_qtensor(leaf: qtensor.QTensor, arrays: Arrays, meta: Meta) -> None:
     meta['exact'] = exact.dtype.name
     bits = exact.view(np.uint16).reshape(-1)
     kept = np.flatnonzero(bits)
-    arrays['exact'], arrays['distance'] = _pack_sparse(bits, kept)
+    arrays['exact'], arrays['distance'] = sparse.pack(bits, kept)
     if alphabet == 'binary_mix' and np.array_equal(
       kept, np.flatnonzero(codes == 0)
     ):  # The positions of the exact weights tell which codes are 0.
@@ -246,11 +265,11 @@ def _pack_qtensor(leaf: qtensor.QTensor, arrays: Arrays, meta: Meta) -> None:
     _pack_numbers('zero', leaf.zero, arrays, meta)
 
 
-def _unpack_qtensor(arrays, meta, shape) -> qtensor.QTensor:
+def _unpack_qtensor(arrays, meta, shape) -> qtensor.QTensor | composed.TwoLevel:
   codes = _unpack_codes(arrays['codes'], meta['stored_as'], shape)
   exact = None
   if 'exact' in meta:
-    bits = _unpack_sparse(arrays['exact'], arrays['distance'], shape)
+    bits = sparse.unpack(arrays['exact'], arrays['distance'], shape)
     if meta['stored_as'] != meta['alphabet']:
       codes[bits != 0] = 0
     exact = bits.view(_EXACT[meta['exact']])
@@ -258,38 +277,9 @@ def _unpack_qtensor(arrays, meta, shape) -> qtensor.QTensor:
   if 'zero' in arrays:
     zero = _unpack_numbers('zero', arrays, meta)
   scale = _unpack_numbers('scale', arrays, meta)
-  return qtensor.QTensor(codes, scale, meta['alphabet'], zero, exact)
-
-
-def _pack_sparse(
-  values: np.ndarray, kept: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Values and the distance of each from the one before it, uint16.
-
-  A distance that 16 bits cannot hold is walked in steps of the largest that
-  they can, each onto a value of 0.
-  """
-  gap = np.diff(kept, prepend=-1)
-  steps = (gap - 1) // _FAR
-  last = np.cumsum(steps + 1) - 1
-  distance = np.full(last[-1] + 1 if last.size else 0, _FAR, np.uint16)
-  distance[last] = gap - _FAR * steps
-  stored = np.zeros_like(distance)
-  stored[last] = values[kept]
-  return stored, distance
-
-
-def _unpack_sparse(
-  stored: np.ndarray, distance: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
-  values = np.zeros(int(np.prod(shape)), np.uint16)
-  position = np.cumsum(distance, dtype=np.int64) - 1
-  if position.size and (position[-1] >= values.size or position[0] < 0):
-    raise ValueError(
-      f'An exact weight lies outside of the {values.size} that there are.'
-    )
-  values[position] = stored
-  return values.reshape(shape)
+  two = meta['kind'] == 'TwoLevel'
+  kind = composed.TwoLevel if two else qtensor.QTensor
+  return kind(codes, scale, meta['alphabet'], zero, exact)
 
 
 def _mixed(leaf_bits_G, group_size: int, inputs: int):

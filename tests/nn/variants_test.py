@@ -149,6 +149,12 @@ def quantized_leaves(w_KN):
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
+  def levels(values):
+    base = jnp.min(values, 1, keepdims=True)
+    step = (jnp.max(values, 1, keepdims=True) - base + 1e-4) / 7
+    found = jnp.round((values - base) / step).astype(jnp.uint8)
+    return composed.Levels(found, base, step, 3)
+
   return {
     'channel': weights.symmetric(w_KN, 'channel', bits=8),
     'group': asymmetric,
@@ -178,6 +184,13 @@ def quantized_leaves(w_KN):
       jnp.asarray(rng.random(k) < 0.2),
       0.1 * normal(-(-k // 20), 7, n),
       20,
+    ),
+    'two levels': composed.TwoLevel(
+      asymmetric.codes,
+      levels(asymmetric.scale),
+      'int4',
+      levels(asymmetric.zero.astype(jnp.float32)),
+      exact,
     ),
   }
 

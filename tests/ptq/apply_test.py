@@ -252,7 +252,7 @@ def test_a_record_tells_bits():
 @pytest.mark.parametrize(
   ('stem', 'kind', 'fields', 'most'),
   [
-    ('spqr', 'QTensor', {'method__second_group_size': 16}, 0.03),
+    ('spqr', 'TwoLevel', {'method__second_group_size': 16}, 0.03),
     ('slim_llm', 'MixedBits', {'method__group_size': 8}, 0.2),
     ('billm', 'Binarized', {'method__block_size': 16}, 0.3),
   ],

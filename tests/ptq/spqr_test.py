@@ -11,6 +11,9 @@ from qat.ptq import gptq
 from qat.ptq import hessian
 from qat.ptq import spqr
 from qat.ptq import statistics
+from qat.quant import composed
+from qat.quant import packing
+from qat.quant import qtensor
 from tests import slow_gptq
 
 K, N = 24, 8
@@ -161,9 +164,19 @@ def test_values_and_outliers_are_those_of_the_slow_loop(changes):
   w_KN, x_MK = matrix(), inputs()
   found = quantize(w_KN, x_MK, options)
   values, scales, zeros, kept = slow_spqr(w_KN, x_MK, options)
-  np.testing.assert_allclose(found.scale, scales.T, rtol=2e-3)
-  np.testing.assert_allclose(found.zero, zeros.T, atol=1e-2)
-  assert found.zero.dtype == (jnp.float32 if options.zero_bits else jnp.int8)
+  assert type(found) is composed.TwoLevel
+  for numbers, bits in (
+    (found.scale, options.scale_bits),
+    (found.zero, options.zero_bits),
+  ):
+    assert isinstance(numbers, composed.Levels) == bool(bits)
+    if bits:
+      assert numbers.bits == bits and np.max(numbers.codes) == 2**bits - 1
+      assert numbers.step.shape == (len(scales.T), N // 4)
+  plain = found.one_level()
+  np.testing.assert_allclose(plain.scale, scales.T, rtol=2e-3)
+  np.testing.assert_allclose(plain.zero, zeros.T, atol=1e-2)
+  assert plain.zero.dtype == (jnp.float32 if options.zero_bits else jnp.int8)
   np.testing.assert_allclose(found.dequantize(), values.T, atol=2e-3)
   if not options.outlier_threshold:
     assert found.exact is None
@@ -189,6 +202,7 @@ def test_nothing_kept_and_nothing_rounded_further_is_gptq():
   theirs = gptq.quantize(
     jnp.asarray(w_KN), statistics.of(jnp.asarray(x_MK)), options
   )
+  assert type(ours) is qtensor.QTensor
   np.testing.assert_array_equal(ours.codes, theirs.codes)
   np.testing.assert_array_equal(ours.scale, theirs.scale)
   np.testing.assert_array_equal(ours.zero, theirs.zero)
@@ -213,7 +227,7 @@ def test_matrices_that_go_wrong_elsewhere():
   w_KN[20, 0] *= 1000
   found = quantize(w_KN, x_MK, PAPER)
   assert np.all(np.isfinite(found.dequantize()))
-  assert np.all(found.scale > 0)
+  assert np.all(found.scale.values() > 0)
   assert found.codes.min() >= -4 and found.codes.max() <= 3
 
 
@@ -231,7 +245,7 @@ def test_second_level_values_are_few_and_near(bits):
   rng = np.random.default_rng(0)
   values_1N = np.exp(rng.normal(size=(1, 32))).astype(np.float32) * 1e-2
   values_1N[0, 8:16] = 0.5
-  found = spqr.second_level(jnp.asarray(values_1N), bits, 8)
+  found = spqr.second_level(jnp.asarray(values_1N), bits, 8).values()
   np.testing.assert_array_equal(found, np.float16(found))
   expected = slow_second_level(values_1N[0].astype(np.float64), bits, 8)
   np.testing.assert_allclose(found[0], expected, rtol=2e-3)
@@ -263,6 +277,32 @@ def test_bits_are_counted_as_in_the_paper():
   assert spqr.average_bits(options, 4096, 0.01) == pytest.approx(4.945)
   whole = dataclasses.replace(PLAIN, group_size=0)
   assert spqr.average_bits(whole, 38, 0.0) == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [{}, {'zero_bits': 0, 'outlier_threshold': 0.0}, {'scale_bits': 0}],
+  ids=str,
+)
+def test_what_a_file_takes_is_what_the_paper_counts(changes):
+  rng = np.random.default_rng(0)
+  options = dataclasses.replace(
+    PAPER,
+    bits=4,
+    group_size=16,
+    second_group_size=16,
+    outlier_threshold=0.2,
+    simplified_outliers=True,
+    block_size=64,
+  )
+  options = dataclasses.replace(options, **changes)
+  w_KN = np.float32(0.02 * rng.standard_t(4, size=(256, 96)))
+  leaf = quantize(w_KN, rng.normal(size=(300, 256)), options)
+  share = 0.0 if leaf.exact is None else float(np.mean(leaf.exact != 0))
+  assert share < 0.05 and bool(share) == bool(options.outlier_threshold)
+  found = packing.stored_bits(leaf) / w_KN.size
+  counted = spqr.average_bits(options, 256, share)
+  assert found == pytest.approx(counted, abs=0.01)
 
 
 def test_bad_options_are_refused():

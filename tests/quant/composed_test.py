@@ -79,12 +79,44 @@ def binarized():
   return leaf, expected
 
 
+def two_level(kept: bool):
+  """Scales with codes; zero points with codes, or integers."""
+  scale = composed.Levels(
+    jnp.asarray(RNG.integers(0, 8, (5, N)), jnp.uint8),
+    jnp.full((5, 1), 2.0**-5),
+    jnp.abs(floats(5, N)).astype(jnp.float16).astype(jnp.float32) / 64,
+    3,
+  )
+  zero = integers(-8, 8, 5, N)
+  if kept:
+    codes = jnp.asarray(RNG.integers(0, 256, (5, N)), jnp.uint8)
+    zero = composed.Levels(codes, jnp.full((5, 1), -8.0), floats(5, 1) / 16, 8)
+  exact = floats(K, N).astype(jnp.float16) if kept else None
+  leaf = composed.TwoLevel(integers(-8, 8, K, N), scale, 'int4', zero, exact)
+  scales = _levels(scale)
+  zeros = _levels(zero) if kept else np.float64(zero)
+  expected = np.empty((K, N))
+  for k in range(K):
+    expected[k] = (np.float64(leaf.codes[k]) - zeros[k // 2]) * scales[k // 2]
+  return leaf, expected + (np.float64(exact) if kept else 0)
+
+
+def _levels(levels):
+  base, step = (
+    np.broadcast_to(np.float64(a), levels.shape)
+    for a in (levels.base, levels.step)
+  )
+  return np.float64(np.float16(base + np.float64(levels.codes) * step))
+
+
 LEAVES = {
   'sum': summed,
   'clustered by tensor': lambda: clustered(1),
   'clustered by channel': lambda: clustered(N),
   'mixed': mixed,
   'binarized': binarized,
+  'two levels of scales': lambda: two_level(False),
+  'two levels of both': lambda: two_level(True),
 }
 
 
@@ -122,3 +154,31 @@ def test_floats_and_dicts_are_not_quantized():
   assert composed.is_quantized(qtensor.QTensor(None, None, 'int4'))
   for other in (jnp.ones(2), np.ones(2), {'kernel': 1}, None):
     assert not composed.is_quantized(other)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 3, 6])
+def test_levels_share_a_base_and_a_step_between_neighbours(groups):
+  codes = jnp.asarray(RNG.integers(0, 32, (2, 6)), jnp.uint8)
+  base, step = jnp.abs(floats(2, groups)), jnp.abs(floats(2, groups)) / 99
+  found = composed.Levels(codes, base, step, 5)
+  assert found.shape == (2, 6)
+  for g in range(2):
+    for n in range(6):
+      p = n * groups // 6
+      value = np.float64(base[g, p]) + int(codes[g, n]) * np.float64(step[g, p])
+      np.testing.assert_allclose(found.values()[g, n], value, rtol=2**-10)
+  values = np.asarray(jax.jit(composed.Levels.values)(found))
+  np.testing.assert_array_equal(values, found.values())
+  np.testing.assert_array_equal(values, np.float32(np.float16(values)))
+  assert composed.numbers(base) is base
+  np.testing.assert_array_equal(composed.numbers(found), values)
+
+
+def test_two_levels_are_the_qtensor_of_their_values():
+  leaf, _ = two_level(True)
+  plain = leaf.one_level()
+  assert type(plain) is qtensor.QTensor
+  np.testing.assert_array_equal(plain.scale, leaf.scale.values())
+  np.testing.assert_array_equal(plain.zero, leaf.zero.values())
+  np.testing.assert_array_equal(plain.dequantize(), leaf.dequantize())
+  assert not composed.is_quantized(leaf.scale)

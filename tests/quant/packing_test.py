@@ -105,6 +105,57 @@ def test_the_other_kinds_come_back(inputs, outputs, seed):
   )
 
 
+def levels(rng, bits: int, shape, parts: int) -> composed.Levels:
+  base, step = np.float32(np.float16(rng.normal(size=(2, shape[0], parts))))
+  codes = rng.integers(0, 2**bits, shape).astype(np.uint8)
+  return composed.Levels(codes, base, step, bits)
+
+
+@hypothesis.given(
+  st.integers(1, 12),
+  st.integers(1, 5),
+  st.integers(1, 4),
+  st.sampled_from([None, *range(1, 9)]),
+  st.sampled_from([None, *range(1, 9)]),
+  st.sampled_from([None, jnp.bfloat16, np.float16]),
+  st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=40)
+def test_two_levels_come_back(
+  groups, neighbours, parts, scale_bits, zero_bits, exact, seed
+):
+  rng = np.random.default_rng(seed)
+  shape = (groups, neighbours * parts)
+  plain = tensor(rng, 'int3', (3 * groups, shape[1]), exact=exact)
+  scale = rng.normal(size=shape).astype(np.float16).astype(np.float32)
+  zero = rng.integers(-4, 4, shape).astype(np.int8)
+  if scale_bits:
+    scale = levels(rng, scale_bits, shape, parts)
+  if zero_bits:
+    zero = levels(rng, zero_bits, shape, parts)
+  leaf = composed.TwoLevel(plain.codes, scale, 'int3', zero, plain.exact)
+  round_trip(leaf)
+  arrays, meta = packing.pack(leaf)
+  again = packing.unpack(arrays, meta)
+  np.testing.assert_array_equal(leaf.dequantize(), again.dequantize())
+
+
+def test_the_bits_of_scales_that_have_codes():
+  rng = np.random.default_rng(0)
+  codes_KN = codes(rng, 'int4', (64, 32))
+  leaf = composed.TwoLevel(
+    codes_KN, levels(rng, 3, (4, 32), 2), 'int4', levels(rng, 5, (4, 32), 2)
+  )
+  # Codes; codes of two numbers a group; 4 * 2 bases and steps of each.
+  expected = 4 * 64 * 32 + (3 + 5) * 4 * 32 + 2 * (16 + 16) * 4 * 2
+  assert packing.stored_bits(leaf) == expected
+  one = leaf.one_level()
+  values = qtensor.QTensor(
+    codes_KN, np.asarray(one.scale), 'int4', np.asarray(one.zero)
+  )
+  assert packing.stored_bits(values) == 4 * 64 * 32 + (16 + 16) * 4 * 32
+
+
 @pytest.mark.parametrize(
   ('alphabet', 'bits'),
   [
@@ -220,6 +271,12 @@ def test_codes_that_do_not_belong_are_refused():
         'int2',
       )
     )
+  for name in ('scale', 'zero'):
+    numbers = {'scale': one, 'zero': one}
+    numbers[name] = composed.Levels(np.uint8([[4]]), one, one, 2)
+    bad = composed.TwoLevel(np.int8([[1]]), alphabet='int2', **numbers)
+    with pytest.raises(ValueError, match=f'code of {name} is 4'):
+      packing.pack(bad)
   with pytest.raises(ValueError, match='float16'):
     packing.pack(qtensor.QTensor(np.int8([[1]]), np.float16([[1]]), 'int2'))
   with pytest.raises(ValueError, match='ndarray'):
@@ -240,6 +297,14 @@ def test_a_file_that_lies_is_refused():
   for distance in (arrays['distance'] + 60, arrays['distance'] * 0):
     with pytest.raises(ValueError, match='outside'):
       packing.unpack(arrays | {'distance': distance}, meta)
+  rng = np.random.default_rng(0)
+  both = (levels(rng, 3, (2, 8), 2) for _ in range(2))
+  plain = codes(rng, 'int2', (4, 8))
+  arrays, meta = packing.pack(
+    composed.TwoLevel(plain, next(both), 'int2', next(both))
+  )
+  with pytest.raises(ValueError, match='these weights need'):
+    packing.unpack(arrays | {'zero': arrays['zero'][:2]}, meta)
 
 
 def test_a_million_weights_are_packed_in_pieces_and_come_back():
