@@ -55,8 +55,8 @@ def base(algorithm: str) -> ConfigDict:
   # outputs (SliM-LLM); 0: none.
   calibration.rows = 0
   # Examples whose hidden states before every block live at once while TaCQ's
-  # gradients are taken; what is finished is saved after each such batch.
-  calibration.gradient_batch = 8
+  # gradients are taken.
+  calibration.gradient_batch = 4
 
   evaluation = config.eval = ConfigDict()
   evaluation.batches = 0  # Of validation, before and after; 0: all of it.

@@ -10,6 +10,7 @@ the way up, it needs one block's weights and gradients at a time.
 from collections.abc import Callable
 from collections.abc import Mapping
 import functools
+import time
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from qat.nn import transformer
 from qat.ptq import calibrate
 from qat.ptq import examples as examples_lib
 from qat.ptq import partial
+
+SAVE_SECONDS = 120.0  # At least, between two saves of the sums.
 
 
 def clean_model(config: ConfigDict, platform: str) -> transformer.Transformer:
@@ -147,7 +150,7 @@ def absolute_gradients(
     examples: the examples, a sequence each.
     names: block -> its chosen layers: 'block_0' -> ('attn/q', ...).
     batch_size: examples whose hidden states before every block live at once.
-    store: where the sums stand after every such batch, to go on from.
+    store: where the sums stand every few minutes, to go on from.
     show: told (a few words, maybe how many blocks) after each block.
 
   Returns:
@@ -159,9 +162,8 @@ def absolute_gradients(
   """
   model = clean_model(config, jax.default_backend())
   block = calibrate.one_block(model, params)
-  top = jax.tree.map(_float32, calibrate.outside(params))
   blocks = [f'block_{i}' for i in range(config.model.n_layers)]
-  first, sums, losses = 0, {}, []
+  first, sums, losses, saved = 0, {}, [], time.monotonic()
   if store.has('gradients'):
     sums, (first, losses) = store.load('gradients')
   batches = list(examples.batches(batch_size))
@@ -170,6 +172,7 @@ def absolute_gradients(
       if n < first:
         show('gradients', 2 * len(blocks))
         continue
+      top = jax.tree.map(_float32, calibrate.outside(params))
       states = [calibrate.embed(model, top, tokens_BT)]
       for name in blocks:
         # Copied, because `advance` takes its input away.
@@ -179,6 +182,7 @@ def absolute_gradients(
       loss_B, dx_BTD = loss_gradient(
         model, top, states.pop(), tokens_BT, weights_BT
       )
+      del top  # Of a small model, embedding and head are most of it.
       new = {}
       real = np.any(weights_BT, axis=1)
       losses += np.asarray(loss_B)[real].tolist()
@@ -196,7 +200,11 @@ def absolute_gradients(
         show(f'gradients, {name}')
       sums = new
       _check(sums, losses)
-      store.save('gradients', sums, (n + 1, losses))
+      # A save is as large as the model in float32.
+      due = time.monotonic() > saved + SAVE_SECONDS
+      if due or n + 1 == len(batches):
+        store.save('gradients', sums, (n + 1, losses))
+        saved = time.monotonic()
   return sums, losses
 
 

@@ -187,7 +187,7 @@ def _gradients(
     'gradients of a block',
     gradients.back,
     (block, names, params, sums, x_BTD, x_BTD),
-    beside=states - _bytes(x_BTD) + _bytes(top),
+    beside=states - _bytes(x_BTD),
   )
 
 

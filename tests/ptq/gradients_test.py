@@ -93,8 +93,9 @@ def test_the_clean_model_is_exact_whatever_the_config_says(config):
 
 
 def test_a_stopped_run_goes_on_to_the_same_sums(
-  config, params, found, tmp_path
+  config, params, found, tmp_path, monkeypatch
 ):
+  monkeypatch.setattr(gradients, 'SAVE_SECONDS', 0.0)
   store = partial.Store(tmp_path / 'parts', {})
   shown = []
 
