@@ -186,7 +186,7 @@ def row(
     found[f'{stem} perplexity'] = text['perplexity']
     found[f'{stem} bits per byte'] = text['bits_per_byte']
   for task in evaluation.get('tasks', ()):
-    found[task['task']] = task['acc']
+    found[f'{task["task"]} {task["variant"]}'] = task['acc']
   return found
 
 

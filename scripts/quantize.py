@@ -172,18 +172,26 @@ def _examples(
   ptq: ConfigDict, model: load.Loaded, dataset: dataset_lib.Dataset | None
 ) -> examples_lib.Examples:
   c = ptq.calibration
+  trained = model.config.data.seq_len
+  own = model.source['format'] == 'run'
   if c.prompts:
     start = windows.start(model)
-    return examples_lib.from_prompts(
+    found = examples_lib.from_prompts(
       c.prompts, c, lambda text: windows.encode(model.tokenizer, text, start)
     )
+    longest = found.tokens_ST.shape[1]
+    if own and longest > trained:
+      raise ValueError(
+        f'{c.prompts} has a text of {longest} tokens, more than the {trained}'
+        ' of the sequences that the model was trained on; leave such texts out.'
+      )
+    return found
   if dataset is None:
     raise ValueError(
       f'config.algorithm={ptq.algorithm!r} needs text to calibrate on; give'
       ' --dataset (scripts/prepare_data.py), or --config.calibration.prompts.'
     )
-  trained = model.config.data.seq_len
-  if model.source['format'] == 'run' and c.length > trained:
+  if own and c.length > trained:
     raise ValueError(
       f'config.calibration.length={c.length} is more than the {trained} tokens'
       ' of the sequences that the model was trained on; give'

@@ -15,7 +15,7 @@ EVALUATION = {
   'texts': [
     {'text': 'a/wiki.txt', 'perplexity': 123456.0, 'bits_per_byte': 4.0}
   ],
-  'tasks': [{'task': 'piqa', 'acc': 0.61}],
+  'tasks': [{'task': 'piqa', 'variant': 'rc_0shot', 'acc': 0.61}],
 }
 
 

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
   """BiLLM as its code has it."""
   config = common.base('billm')
   config.method = options(rest_order=2)
+  config.true_sequential = False  # As its code.
   return config.lock()
 
 

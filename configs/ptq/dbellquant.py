@@ -7,7 +7,7 @@ r"""DBellQuant (2507.01027): trained scales of the inputs, then BiLLM.
 
 The paper's inputs have 16, 8 and 6 bits. Calibration runs with inputs quantized
 as in the result. Its code does not train OPT, but takes SmoothQuant's scales:
---config=configs/ptq/smoothquant.py with alpha 0.85 and the quantizer billm.
+--config=configs/ptq/smoothquant.py:billm.
 """
 
 from ml_collections import ConfigDict
@@ -34,4 +34,5 @@ def get_config() -> ConfigDict:
   )
   config.quantizer = 'billm'
   config.quantizer_options = billm.options(rest_order=1)
+  config.true_sequential = False  # As BiLLM's code, which it uses.
   return config.lock()

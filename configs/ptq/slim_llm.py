@@ -28,4 +28,5 @@ def get_config() -> ConfigDict:
     )
   )
   config.calibration.rows = 1024  # Inputs on which outputs are compared.
+  config.true_sequential = False  # As its code.
   return config.lock()

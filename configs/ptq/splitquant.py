@@ -1,7 +1,7 @@
 r"""SplitQuantV2 (2503.07657): three clusters of weights, a grid for each.
 
   python scripts/quantize.py --config=configs/ptq/splitquant.py --model=MODEL \
-      --out=models/splitquant4
+      --out=models/splitquant4 --no-eval
 
 No calibration data and no accelerator. Three codes of 4 bits are stored for
 each weight; --config.method.storage=masked stores one and its cluster, which

@@ -4,7 +4,7 @@ r"""TaCQ (2504.07389): keep the weights on which a task hangs in 16 bits.
       --dataset=DATA --out=models/tacq3
   python scripts/quantize.py --config=configs/ptq/tacq.py --model=MODEL \
       --out=models/tacq2-task --config.quantizer_options.bits=2 \
-      --config.calibration.prompts=task.jsonl
+      --config.calibration.prompts=task.jsonl --no-eval
 
 Takes about twice as long as GPTQ, and the gradients of every example beside it.
 """

@@ -14,7 +14,8 @@ A config of `configs/ptq` names an algorithm, and the steps follow from it:
 
 Peak memory is one block in float32, its statistics and the hidden states of the
 calibration sequences, beside the parameters that are handed in; what is
-finished lies in a `partial.Store`, on disk.
+finished lies in a `partial.Store`, on disk. TaCQ also holds the gradients and
+the scores of all weights, in float32, on the host.
 """
 
 from collections.abc import Callable

@@ -145,12 +145,13 @@ def from_prompts(
     rows.append(ids)
     total += len(ids)
   else:
-    raise ValueError(
-      f'{path} has {total} tokens in {len(texts)} texts, fewer than'
-      f' config.calibration.sequences={c.sequences} x'
-      f' config.calibration.length={c.length}. Lower one of them, or give more'
-      ' texts.'
-    )
+    if total < budget:
+      raise ValueError(
+        f'{path} has {total} tokens in {len(texts)} texts, fewer than'
+        f' config.calibration.sequences={c.sequences} x'
+        f' config.calibration.length={c.length}. Lower one of them, or give'
+        ' more texts.'
+      )
   if not rows:
     raise ValueError(
       f'{path}: no text fits into {budget} tokens; raise'

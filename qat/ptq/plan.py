@@ -105,6 +105,10 @@ def make(
       f'config.quantizer={ptq.quantizer!r} prepares the model itself; make'
       ' config.algorithm equal.'
     )
+  if ptq.quantizer == 'slim_llm' and not ptq.calibration.rows:
+    raise ValueError(
+      'config.calibration.rows=0: slim_llm compares outputs; give it 1024.'
+    )
   if config.model.scan_layers:
     raise ValueError(
       'config.model.scan_layers=True: quantize the unscanned form of the model'
@@ -189,12 +193,12 @@ def _layers(
   kernels = rules_lib.kernels(params)
   found: dict[str, tuple[str, ...]] = {}
   for path in kernels:
-    if not regex.fullmatch(path):
-      continue
     if composed.is_quantized(kernels[path]):
       raise ValueError(
         f'{path} is quantized already; take the model it was made from.'
       )
+    if not regex.fullmatch(path):
+      continue
     spec = rules.find(path)
     if spec.weight != 'none' or spec.activation != 'none':
       raise ValueError(

@@ -70,6 +70,12 @@ def test_whole_prompts_are_taken_until_the_budget(prompts):
   assert other.digest != found.digest
 
 
+def test_texts_may_be_as_long_as_the_budget(tmp_path):
+  file = tmp_path / 'task.jsonl'
+  file.write_text('{"text": "abcdefghijk"}\n' * 8)  # 12 tokens each, of 96.
+  assert examples.from_prompts(file, section(), encode).count == 8
+
+
 @pytest.mark.parametrize(
   ('content', 'changes', 'expected'),
   [

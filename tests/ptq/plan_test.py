@@ -2,8 +2,10 @@
 
 import pytest
 
+from configs.ptq import smoothquant
 from qat.nn import transformer
 from qat.ptq import plan
+from qat.quant import qtensor
 from qat.quant import rules as rules_lib
 from tests import clean
 from tests import tiny
@@ -60,6 +62,31 @@ def test_a_config_becomes_a_plan(stem):
   assert (found.epochs is not None) == (stem == 'omniquant')
   needs = stem not in ('rtn', 'splitquant')
   assert plan.needs_examples(clean.ptq(stem)) == needs
+
+
+def test_smoothquants_scales_before_billm_as_for_opt():
+  ptq = smoothquant.get_config('billm')
+  found = plan.make(clean.config(), shapes(clean.config()), ptq)
+  assert found.scales and found.statistics
+  assert found.options.alpha == 0.85 and ptq.activation == 'none'
+  with pytest.raises(ValueError, match="'gptq'; choose rtn or billm"):
+    smoothquant.get_config('gptq')
+
+
+def test_outputs_to_compare_need_rows():
+  assert 'config.calibration.rows=0' in refused(
+    'slim_llm', **{'calibration.rows': 0}
+  )
+
+
+def test_a_model_that_is_partly_quantized_is_refused():
+  config = clean.config()
+  params = shapes(config)
+  w_KN = params['block_0']['attn']['q']['kernel']
+  quantized = qtensor.QTensor(w_KN, w_KN, 'int4')
+  params['block_0']['attn']['q']['kernel'] = quantized
+  with pytest.raises(ValueError, match='block_0/attn/q is quantized already'):
+    plan.make(config, params, clean.ptq('rtn', layers='.*/ffn/.*'))
 
 
 def test_a_plain_layer_has_no_gate():
