@@ -114,6 +114,13 @@ def base(size: str) -> ConfigDict:
   model.scan_layers = paper
   model.loss_chunk = 64  # Positions of a sequence whose logits live at once.
 
+  # Where a run begins: with fresh parameters, or with those of a model folder
+  # or of another run's workdir, whose model section then takes this one's place
+  # (but for how it is computed).
+  init = config.init = ConfigDict()
+  init.model = ''  # A path; '': fresh parameters.
+  init.quant = False  # Its quant.rules and quant.specs, too.
+
   quant = config.quant = ConfigDict()
   quant.rules = (('.*', 'full'),)  # (regex of a linear's path, spec); first.
   quant.specs = ConfigDict({'full': full_precision()})
@@ -126,6 +133,10 @@ def base(size: str) -> ConfigDict:
   anneal.steps = 0  # Steps in which it rises to 1; 0: it jumps.
 
   optim = config.optim = ConfigDict()
+  # Of the gradient: 'backprop', or without a backward pass 'spsa' (two losses
+  # a direction) and 'forward' (a slope a direction); see config.zo.
+  optim.estimator = 'backprop'
+  optim.optimizer = 'adamw'  # 'adamw', or 'sgd': no state, no moments.
   optim.peak_lr = 1e-3  # At the end of the warm-up.
   optim.schedule = 'cosine'  # 'two_phase', 'cosine', 'wsd' or 'constant'.
   optim.warmup_steps = 500 if paper else 50  # Optimizer steps, linear from 0.
@@ -145,6 +156,17 @@ def base(size: str) -> ConfigDict:
   optim.scale_lr_ratio = 1.0  # Their learning rate, of the others'.
   optim.clip_norm = 1.0  # Global gradient norm; 0: no clipping.
   optim.accumulate = 1  # Micro-batches summed into one optimizer step.
+
+  # Of the estimators 'spsa' and 'forward'; ZeroQAT's values.
+  zo = config.zo = ConfigDict()
+  zo.eps = 1e-3  # How far parameters move to both sides, times N(0, 1).
+  zo.directions = 1  # q, whose estimates are averaged.
+  zo.clip = 0.2  # Slopes are clipped to +-clip / eps; 0: no clipping.
+  zo.perturbed = r'.*'  # Regex of the parameters that are trained.
+  # A power of two, of which parameters are multiples, so that a step can be
+  # undone bit for bit; 0: none.
+  zo.resolution = 0.0
+  zo.master = 'float32'  # Of what is trained, or 'bfloat16', rounded at random.
 
   data = config.data = ConfigDict()
   # 'austen' is the embedded corpus, prepared on first use; else a folder made

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 import dataclasses
 import gzip
 import itertools
-import json
 import math
 import pathlib
 from typing import Any
@@ -29,6 +28,7 @@ import zlib
 import numpy as np
 
 from qat import scores as scores_lib
+from qat.data import sources
 
 UNCONDITIONAL = 1_000_000  # The first `doc_id` without a context.
 FILES = ('requests.jsonl', 'requests.jsonl.gz')
@@ -142,12 +142,7 @@ def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
       for number, line in enumerate(file, 1):
         if not line.strip():
           continue
-        try:
-          row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-          raise ValueError(
-            f'{path}, line {number}: not JSON (one object a line): {error}'
-          ) from error
+        row = sources.json_row(path, number, line)
         if wrong := _wrong(row):
           raise ValueError(
             f'{path}, line {number}: {wrong}. A task is a file'

@@ -26,10 +26,7 @@ def main(arguments: Sequence[str]) -> int:
   """Runs the command line; returns the exit status."""
   options = _parser().parse_args(arguments)
   try:
-    if options.out.exists() and any(options.out.iterdir()):
-      raise FileExistsError(
-        f'{options.out} exists already; give another --out.'
-      )
+    files.check_new(options.out)
     loaded = load.load_model(options.model, None)
     hf.export(
       options.out,

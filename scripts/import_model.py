@@ -47,8 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
-  if options.out.exists() and any(options.out.iterdir()):
-    raise FileExistsError(f'{options.out} exists already; give another --out.')
+  files.check_new(options.out)
   path = pathlib.Path(options.source)
   if (path / 'checkpoints').is_dir():
     loaded = load.load_model(path, None)

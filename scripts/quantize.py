@@ -45,12 +45,12 @@ from qat import config_file
 from qat import display
 from qat import evaluate
 from qat import manifest
-from qat import metrics
 from qat import windows
 from qat.data import dataset as dataset_lib
 from qat.data import files
 from qat.data import progress
 from qat.infer import load
+from qat.interop import files as model_files
 from qat.interop import folder
 from qat.ptq import apply
 from qat.ptq import examples as examples_lib
@@ -79,10 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
   """Quantizes, evaluates and saves; returns the content of report.json."""
   out = options.out
-  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-    raise FileExistsError(
-      f'{out} exists already. Remove it, or give another --out.'
-    )
+  model_files.check_new(out)
   model = load.load_model(options.model, None)
   # What is wrong with the config is told before the data are read.
   plan.make(model.config, model.params, ptq)
@@ -147,8 +144,7 @@ def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
       ('report.json', text),
       ('report.html', report.page(made)),
     ):
-      with metrics.replacing(out / name) as file:
-        file.write(content.encode())
+      files.write(out / name, content.encode())
   store.remove()
   return made
 

@@ -227,13 +227,17 @@ def _json_rows(path: pathlib.Path) -> Iterator[_Row]:
   for number, line, position in _lines(path):
     if not line.strip():
       continue
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(
-        f'{path}, line {number}: not JSON (one object a line): {error}'
-      ) from error
-    yield f'line {number}', row, position
+    yield f'line {number}', json_row(path, number, line), position
+
+
+def json_row(path: pathlib.Path, number: int, line: bytes) -> Any:
+  """What a line of a JSON Lines file holds, or a ValueError that names it."""
+  try:
+    return json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{path}, line {number}: not JSON (one object a line): {error}'
+    ) from error
 
 
 def _texts(path: pathlib.Path, field: str, split: str | None) -> Iterator[_Row]:

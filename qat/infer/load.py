@@ -114,19 +114,8 @@ def load_model(name: str | pathlib.Path, base: ConfigDict | None) -> Loaded:
     )
   source = foreign.open_model(str(name))
   config = foreign.config(source, base, 'float32')
-  mesh, model, shapes = _built(config)
-  params = _on_device(foreign.leaves(source, config), shapes, mesh, str(name))
-  return Loaded(
-    config=config,
-    mesh=mesh,
-    model=model,
-    params=params,
-    tokenizer=source.tokenizer,
-    begin=source.begin,
-    end=source.end,
-    dataset=None,
-    source=source.about,
-  )
+  leaves = foreign.leaves(source, config)
+  return _loaded(config, leaves, source, source.about, str(name))
 
 
 def _load_folder(path: pathlib.Path) -> Loaded:
@@ -134,18 +123,29 @@ def _load_folder(path: pathlib.Path) -> Loaded:
   config = folder.config.copy_and_resolve_references().unlock()
   config.mesh.data = config.mesh.fsdp = 1
   config.lock()
+  leaves = folder_lib.leaves(folder)
+  return _loaded(config, leaves, folder, folder.source, str(path))
+
+
+def _loaded(
+  config: ConfigDict,
+  leaves: Iterator[tuple[str, Any]],
+  text: Any,
+  source: dict[str, Any],
+  name: str,
+) -> Loaded:
+  """A model from its leaves; `text` has tokenizer, begin and end."""
   mesh, model, shapes = _built(config)
-  params = _on_device(folder_lib.leaves(folder), shapes, mesh, str(path))
   return Loaded(
     config=config,
     mesh=mesh,
     model=model,
-    params=params,
-    tokenizer=folder.tokenizer,
-    begin=folder.begin,
-    end=folder.end,
+    params=_on_device(leaves, shapes, mesh, name),
+    tokenizer=text.tokenizer,
+    begin=text.begin,
+    end=text.end,
     dataset=None,
-    source=folder.source,
+    source=source,
   )
 
 

@@ -103,6 +103,15 @@ def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
   return found
 
 
+def check_new(path: pathlib.Path) -> None:
+  """Raises a FileExistsError where `path` is more than an empty folder."""
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise FileExistsError(
+      f'{path} exists already; nothing was written. Remove it, or give another'
+      ' folder.'
+    )
+
+
 @contextlib.contextmanager
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write into, which becomes `path` when all went well.
@@ -113,11 +122,7 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     FileExistsError: `path` exists and is not an empty folder.
   """
   path = path.absolute()
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise FileExistsError(
-      f'{path} exists already; nothing was written. Remove it, or give another'
-      ' folder.'
-    )
+  check_new(path)
   partial = path.with_name(path.name + '.partial')
   if partial.exists():
     shutil.rmtree(partial)

@@ -141,12 +141,6 @@ def halves(x: np.ndarray, heads: int) -> np.ndarray:
   return split.swapaxes(1, 2).reshape(x.shape)
 
 
-def pairs(x: np.ndarray, heads: int) -> np.ndarray:
-  """Inverts `halves`."""
-  split = x.reshape(heads, 2, -1, *x.shape[1:])
-  return split.swapaxes(1, 2).reshape(x.shape)
-
-
 def _short_name(name: str) -> str:
   """'blk.3.attn_q.weight' -> 'layers.3.self_attn.q_proj.weight'."""
   match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)', name)

@@ -125,22 +125,9 @@ class Transformer(nn.Module):
     Returns:
       `[B, T, D]` after the final norm, and the caches with T more positions.
     """
-    c = self.config
-    if 0 < c.max_positions < tokens_BT.shape[1]:
-      raise ValueError(
-        f'A sequence of {tokens_BT.shape[1]} tokens; the model takes at most'
-        f' {c.max_positions} (config.model.max_positions).'
-      )
-    table_VD = self.embed.embedding
-    if self.method.gather_codes:
-      # Each device then looks its own tokens up; left split, the gradient
-      # would bring the whole batch's activations to every device.
-      table_VD = jax.lax.with_sharding_constraint(table_VD, P())
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(c.dtype)
     positions_T = start + jnp.arange(tokens_BT.shape[1])
-    if c.positions == 'learned':
-      x_BTD = x_BTD + self.positions[positions_T][None].astype(c.dtype)
-    if c.scan_layers:
+    x_BTD = self.embedded(tokens_BT, positions_T)
+    if self.config.scan_layers:
       if caches is not None:
         raise ValueError(
           'A model that scans over its layers has no caches; take'
@@ -156,6 +143,24 @@ class Transformer(nn.Module):
       new_caches.append(cache)
     x_BTD = self.final_norm(x_BTD)
     return x_BTD, None if caches is None else new_caches
+
+  def embedded(self, tokens_BT: jax.Array, positions_T: jax.Array) -> jax.Array:
+    """What the first block reads, `[B, T, D]`."""
+    c = self.config
+    if 0 < c.max_positions < tokens_BT.shape[1]:
+      raise ValueError(
+        f'A sequence of {tokens_BT.shape[1]} tokens; the model takes at most'
+        f' {c.max_positions} (config.model.max_positions).'
+      )
+    table_VD = self.embed.embedding
+    if self.method.gather_codes:
+      # Each device then looks its own tokens up; left split, the gradient
+      # would bring the whole batch's activations to every device.
+      table_VD = jax.lax.with_sharding_constraint(table_VD, P())
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(c.dtype)
+    if c.positions == 'learned':
+      x_BTD = x_BTD + self.positions[positions_T][None].astype(c.dtype)
+    return x_BTD
 
   def output_embedding(self) -> jax.Array:
     """The head's matrix `[V, D]`: the embedding itself where they are tied."""

@@ -14,8 +14,8 @@ A config of `configs/ptq` names an algorithm, and the steps follow from it:
 
 Peak memory is one block in float32, its statistics and the hidden states of the
 calibration sequences, beside the parameters that are handed in; what is
-finished lies in a `partial.Store`, on disk. TaCQ also holds the gradients and
-the scores of all weights, in float32, on the host.
+finished lies in a `partial.Store`, on disk. TaCQ also holds a
+number in float32 for every weight on the host, its gradient and then its score.
 """
 
 from collections.abc import Callable
@@ -182,9 +182,6 @@ def _quantize_block(
   calibration: calibrate.Calibration | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """The packed matrices of a block by path, and the fields of their Records."""
-  corrupted: Mapping[str, Any] = {}
-  if keep is not None:
-    corrupted, _ = job.store.load_packed(f'corrupt-{block}')
   # Without calibration a matrix is taken as it came, maybe in 16 bits.
   folded = job.scales or job.learned
   params = job.block(block) if calibration or folded else job.params[block]
@@ -209,7 +206,7 @@ def _quantize_block(
           prepared = omniquant.clip(learned, name)
         elif prepared is None:
           prepared = core.prepare(mine)
-        keep_KN = keep and keep(path, w_KN, corrupted[path])
+        keep_KN = keep and keep(path)
         leaf = jax.block_until_ready(core.quantize(w_KN, prepared, keep_KN))
         value_KN = leaf.dequantize()
         _check_finite(value_KN, 'quantized weights')
@@ -221,7 +218,7 @@ def _quantize_block(
       record = Record(
         path,
         *w_KN.shape,
-        stored_bits=8 * sum(a.nbytes for a in packed[path][0].values()),
+        stored_bits=packing.bits(packed[path][0]),
         weight_error=float(weight),
         output_error=None if output is None else float(output),
         seconds=seconds,

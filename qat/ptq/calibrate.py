@@ -113,12 +113,10 @@ def embed(
     params: its parameters outside of the blocks.
     tokens_BT: int token ids.
   """
-  x_BTD = jnp.take(params['embed']['embedding'], tokens_BT, axis=0)
-  x_BTD = x_BTD.astype(model.config.dtype)
-  if model.config.positions == 'learned':
-    table_TD = params['positions'][: tokens_BT.shape[1]]
-    x_BTD = x_BTD + table_TD[None].astype(x_BTD.dtype)
-  return x_BTD
+  positions_T = jnp.arange(tokens_BT.shape[1])
+  return model.apply(
+    {'params': params}, tokens_BT, positions_T, method='embedded'
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -212,7 +210,11 @@ class Calibration:
     self._states = [embed(model, top, tokens_BT) for tokens_BT, _ in batches]
 
   def statistics(
-    self, params: Mapping, names: Sequence[str], path: str
+    self,
+    params: Mapping,
+    names: Sequence[str],
+    path: str,
+    gram: bool = True,
   ) -> dict[str, Statistics]:
     """What some layers of a block read, over all sequences.
 
@@ -220,12 +222,13 @@ class Calibration:
       params: of the block.
       names: its layers; see `observe`.
       path: of the block, for errors.
+      gram: whether Gram matrices are wanted.
 
     Raises:
       ValueError: an input of a layer is not finite.
     """
     sums = {
-      name: statistics_lib.empty(kernel(params, name).shape[0])
+      name: statistics_lib.empty(kernel(params, name).shape[0], gram)
       for name in names
     }
     rows: dict[str, list] = {name: [] for name in names}
@@ -240,7 +243,9 @@ class Calibration:
     for name in names:  # In their order, which a dict loses under `jit`.
       found = sums[name]
       # A maximum passes a NaN on; the Gram matrix may also overflow.
-      sizes = (found.absmax_K, jnp.diagonal(found.gram_KK))
+      sizes = [found.absmax_K]
+      if gram:
+        sizes.append(jnp.diagonal(found.gram_KK))
       if not all(bool(jnp.all(jnp.isfinite(size))) for size in sizes):
         raise ValueError(
           f'The inputs of {path}/{name} are not finite (NaN or infinite) on the'

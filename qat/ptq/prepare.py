@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 
 from qat.ptq import calibrate
@@ -11,8 +12,8 @@ from qat.ptq import gradients
 from qat.ptq import job as job_lib
 from qat.ptq import tacq
 
-# (path, w_KN, the same of the corrupted copy) -> bool, which weights are kept.
-Keep = Callable[[str, jax.Array, Any], jax.Array]
+# Path of a matrix -> bool `[K, N]`, which of its weights are kept.
+Keep = Callable[[str], jax.Array]
 
 
 def find_scales(job: job_lib.Job) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def _new_scales(
   found, notes = {}, {}
   for block in job.blocks:
     params = job.block(block)
-    statistics = calibration.statistics(params, firsts, block)
+    statistics = calibration.statistics(params, firsts, block, gram=False)
     for group, first in zip(normed, firsts, strict=True):
       kernels = [calibrate.kernel(params, name) for name in group.layers]
       scale_K, note = job.plan.scales(statistics[first].absmax_K, kernels)
@@ -66,7 +67,8 @@ def choose_kept(job: job_lib.Job) -> tuple[Keep, dict[str, Any]]:
     was found: the threshold, how many weights of how many are above it, and
     the clean model's mean loss on the examples, in nats.
   """
-  sums, losses = gradients.absolute_gradients(
+  # Sums of gradients, and then in their place the scores.
+  scores, losses = gradients.absolute_gradients(
     job.config,
     job.params,
     job.examples,
@@ -75,27 +77,24 @@ def choose_kept(job: job_lib.Job) -> tuple[Keep, dict[str, Any]]:
     store=job.store,
     show=job.step,
   )
-
-  def scores(path: str, w_KN: jax.Array, corrupted: Any) -> jax.Array:
-    return tacq.scores(w_KN, sums[path], corrupted.dequantize())
-
-  every = []
   for block, names in job.plan.layers.items():
     params = job.block(block)
     corrupted, _ = job.store.load_packed(f'corrupt-{block}')
     for name in names:
-      path, w_KN = f'{block}/{name}', calibrate.kernel(params, name)
-      every.append(np.asarray(scores(path, w_KN, corrupted[path])))
-  threshold = tacq.threshold(every, job.plan.options.share)
-  kept = sum(int(np.sum(scores_KN > threshold)) for scores_KN in every)
+      path = f'{block}/{name}'
+      scores[path] = np.asarray(
+        tacq.scores(
+          calibrate.kernel(params, name),
+          scores[path],
+          corrupted[path].dequantize(),
+        )
+      )
+  threshold = tacq.threshold(list(scores.values()), job.plan.options.share)
+  kept = sum(int(np.sum(each_KN > threshold)) for each_KN in scores.values())
   notes = {
     'threshold': threshold if np.isfinite(threshold) else None,
     'kept': kept,
-    'weights': sum(scores_KN.size for scores_KN in every),
+    'weights': sum(each_KN.size for each_KN in scores.values()),
     'loss': float(np.mean(losses)),
   }
-
-  def keep(path: str, w_KN: jax.Array, corrupted: Any) -> jax.Array:
-    return scores(path, w_KN, corrupted) > threshold
-
-  return keep, notes
+  return lambda path: jnp.asarray(scores[path] > threshold), notes

@@ -20,27 +20,28 @@ class Statistics:
   No method here depends on the factor: damping and thresholds are relative.
 
   Attributes:
-    gram_KK: the sum over tokens of `x^T x`.
+    gram_KK: the sum over tokens of `x^T x`; None: it is not wanted.
     tokens: how many tokens were added, or the sum of their weights; a scalar.
     absmax_K: the largest |x| of each input.
     inputs_SK: the first rows that were added, as they were; None: none are
       kept.
   """
 
-  gram_KK: jax.Array
+  gram_KK: jax.Array | None
   tokens: jax.Array
   absmax_K: jax.Array
   inputs_SK: jax.Array | None = None
 
 
-def empty(inputs: int) -> Statistics:
+def empty(inputs: int, gram: bool = True) -> Statistics:
   """Statistics of no tokens.
 
   Args:
     inputs: K.
+    gram: whether `gram_KK` is wanted, most of the work of `add`.
   """
   return Statistics(
-    jnp.zeros((inputs, inputs), jnp.float32),
+    jnp.zeros((inputs, inputs), jnp.float32) if gram else None,
     jnp.zeros((), jnp.float32),
     jnp.zeros(inputs, jnp.float32),
   )
@@ -67,9 +68,11 @@ def add(
     tokens = jnp.sum(weight_M)
     x_MK = jnp.where(weight_M[:, None] > 0, x_MK, 0)
     weighted_MK = x_MK * weight_M[:, None]
-  gram_KK = jnp.matmul(x_MK.T, weighted_MK, precision='highest')
+  gram_KK = statistics.gram_KK
+  if gram_KK is not None:
+    gram_KK += jnp.matmul(x_MK.T, weighted_MK, precision='highest')
   return Statistics(
-    statistics.gram_KK + gram_KK,
+    gram_KK,
     statistics.tokens + tokens,
     jnp.maximum(statistics.absmax_K, jnp.max(jnp.abs(x_MK), 0)),
     statistics.inputs_SK,

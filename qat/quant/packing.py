@@ -131,7 +131,11 @@ def unpack(
 
 def stored_bits(leaf: composed.Quantized) -> int:
   """The bits that a file keeps of a leaf, all of its arrays together."""
-  arrays, _ = pack(leaf)
+  return bits(pack(leaf)[0])
+
+
+def bits(arrays: Arrays) -> int:
+  """`stored_bits` of what `pack` has made of a leaf."""
   return 8 * sum(a.nbytes for a in arrays.values())
 
 

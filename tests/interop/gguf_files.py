@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import tokenizers
 
-from qat.interop import gguf as gguf_lib
 from tests.interop import conftest as small
 
 NAMES = {
@@ -100,9 +99,9 @@ def write(
     match = re.fullmatch(r'(?:model\.layers\.(\d+)\.)?(.*)\.(\w+)', name)
     block = f'blk.{match[1]}.' if match[1] else ''
     if arch == 'llama' and 'q_proj' in name:
-      x = gguf_lib.pairs(x, heads['num_attention_heads'])
+      x = pairs(x, heads['num_attention_heads'])
     if arch == 'llama' and 'k_proj' in name:
-      x = gguf_lib.pairs(x, heads['num_key_value_heads'])
+      x = pairs(x, heads['num_key_value_heads'])
     wanted = [f for part, f in (formats or {}).items() if part in name]
     theirs = f'{block}{NAMES[match[2]]}.{match[3]}'
     if wanted:
@@ -117,3 +116,9 @@ def write(
   writer.write_tensors_to_file()
   writer.close()
   return path
+
+
+def pairs(x: np.ndarray, heads: int) -> np.ndarray:
+  """Rows as llama.cpp has them; inverts `gguf.halves`."""
+  split = x.reshape(heads, 2, -1, *x.shape[1:])
+  return split.swapaxes(1, 2).reshape(x.shape)

@@ -68,7 +68,8 @@ def test_every_format_is_the_floats_that_it_stands_for(
     np.testing.assert_allclose(theirs[path], x, rtol=0, atol=allowed)
     assert theirs[path].dtype == np.float32
   q = package.quants.quantize(
-    gguf.pairs(found['model.layers.0.self_attn.q_proj.weight'], 4), TYPES.Q8_0
+    gguf_files.pairs(found['model.layers.0.self_attn.q_proj.weight'], 4),
+    TYPES.Q8_0,
   )
   np.testing.assert_array_equal(
     theirs['block_0/attn/q/kernel'].T,
@@ -82,7 +83,7 @@ def test_rows_of_neighbours_become_halves():
   expected = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
   np.testing.assert_array_equal(gguf.halves(rows, 2), expected)
   x = np.random.default_rng(0).normal(size=(12, 3))
-  np.testing.assert_array_equal(gguf.pairs(gguf.halves(x, 2), 2), x)
+  np.testing.assert_array_equal(gguf_files.pairs(gguf.halves(x, 2), 2), x)
 
 
 def test_the_stretched_wavelengths_of_llama3(tmp_path, tokenizer, base):

@@ -45,16 +45,6 @@ def quickly():
 
 
 @pytest.fixture(scope='module')
-def config():
-  return clean.config()
-
-
-@pytest.fixture(scope='module')
-def params(config):
-  return clean.params(config)
-
-
-@pytest.fixture(scope='module')
 def quantize(config, params, tmp_path_factory):
   """Quantizes the model in a folder of its own; again is the same result."""
 

@@ -25,16 +25,6 @@ def quickly():
     yield
 
 
-@pytest.fixture(scope='module')
-def config():
-  return clean.config()
-
-
-@pytest.fixture(scope='module')
-def params(config):
-  return clean.params(config)
-
-
 @pytest.fixture
 def job(config, params, tmp_path):
   def make(stem, **fields):
