@@ -12,7 +12,8 @@ VENV := .venv/bin/python
 # The stamp's name says what .venv was made from; the checkout's path is part of
 # it, because an editable install points there.
 INPUTS := $(shell { $(PYTHON) -VV; echo '$(CURDIR) $(EXTRAS)'; \
-  cat setup.py constraints.txt; } | cksum | cut -d ' ' -f 1)
+  cat setup.py constraints.txt pallas_kernels/native/*.cc \
+  pallas_kernels/native/*.h; } | cksum | cut -d ' ' -f 1)
 STAMP := .venv/made-from-$(INPUTS)
 
 .DEFAULT_GOAL := help
@@ -45,7 +46,7 @@ bench: $(STAMP)  ## Measure a training step.
 
 constraints: python-is-new-enough  ## Renew constraints.txt; use the oldest Python.
 	$(PYTHON) -m venv --clear .venv
-	$(VENV) -m pip install --quiet --upgrade setuptools
+	$(VENV) -m pip install --quiet --upgrade setuptools jaxlib
 	$(VENV) -m pip install --quiet --no-build-isolation --editable '.[test,hf]'
 	{ grep '^#' constraints.txt; $(VENV) -m pip freeze --all --exclude pip \
 	  --exclude qat; } > .venv/constraints.txt
@@ -55,10 +56,12 @@ clean:  ## Remove the environment and caches; never runs or data.
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# setuptools comes first: what venv brings is too old for setup.py.
+# setuptools comes first: what venv brings is too old for setup.py; and jaxlib,
+# whose headers the C++ extension includes.
 $(STAMP): | python-is-new-enough
 	$(PYTHON) -m venv --clear .venv
-	$(VENV) -m pip install --quiet --constraint=constraints.txt setuptools
+	$(VENV) -m pip install --quiet --constraint=constraints.txt \
+	  setuptools jaxlib
 	$(VENV) -m pip install --quiet --constraint=constraints.txt \
 	  --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@

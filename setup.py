@@ -3,9 +3,11 @@
 A lower bound is where support begins; the tests run on the exact versions.
 """
 
+import importlib.util
 import pathlib
 
 import setuptools
+from setuptools.command import build_ext
 
 HERE = pathlib.Path(__file__).parent
 
@@ -46,6 +48,36 @@ EXTRAS = {
   ],
 }
 
+NATIVE = 'pallas_kernels/native'
+
+
+class BuildNative(build_ext.build_ext):
+  """Builds the C++ extension where that works, and notes why where it fails.
+
+  The package needs no extension; `python -m qat.doctor` shows the note.
+  """
+
+  def run(self):
+    """Compiles; in place for an editable install, as setuptools decides."""
+    base = HERE if self.inplace else pathlib.Path(self.build_lib)
+    note = base / NATIVE / '_native_failure.txt'
+    note.unlink(missing_ok=True)
+    try:
+      jaxlib = importlib.util.find_spec('jaxlib')
+      if jaxlib is None:
+        raise RuntimeError('jaxlib, which has the headers, is not installed')
+      (folder,) = jaxlib.submodule_search_locations
+      for extension in self.extensions:
+        extension.extra_compile_args.append(f'-isystem{folder}/include')
+      super().run()
+    except Exception as error:  # No compiler, no headers, a system unlike ours.
+      for extension in self.extensions:  # What older sources gave.
+        (base / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+      self.extensions = []
+      note.parent.mkdir(parents=True, exist_ok=True)
+      note.write_text(f'the build failed: {error}\n', 'utf-8')
+
+
 setuptools.setup(
   name='qat',
   version='0.1.0',
@@ -59,6 +91,24 @@ setuptools.setup(
     include=['qat', 'qat.*', 'pallas_kernels*', 'configs*']
   ),
   package_data={'qat': ['data/corpus/*', '*.html', '*.css', '*.js']},
+  ext_modules=[
+    setuptools.Extension(
+      'pallas_kernels.native._native',
+      sources=[
+        f'{NATIVE}/{name}.cc'
+        for name in ('int8_matmul', 'packed_matmul', 'read_memory')
+      ],
+      depends=[f'{NATIVE}/parallel.h', f'{NATIVE}/variants.h'],
+      language='c++',
+      # Not `-march`: functions name the instructions they use. GCC warns of
+      # its own intrinsics. `BuildNative` adds the folder of jaxlib's headers.
+      extra_compile_args=[
+        *('-std=c++17', '-O3', '-g0', '-ffp-contract=off'),
+        '-Wno-uninitialized',
+      ],
+    )
+  ],
+  cmdclass={'build_ext': BuildNative},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )

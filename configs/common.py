@@ -97,7 +97,9 @@ def base(size: str) -> ConfigDict:
   # How it is computed; none of these changes the function beyond rounding.
   model.dtype = 'bfloat16' if paper else 'float32'  # Stream, elementwise.
   model.dot_dtype = 'bfloat16'  # Of matrix products' inputs that stay float.
-  model.quantized_dot = 'auto'  # 'int8', 'float', or whichever is faster here.
+  # Of codes: 'int8', 'native' (int8 by the C++ extension, on a CPU), 'float',
+  # or whichever is fastest here.
+  model.quantized_dot = 'auto'
   # Of the experts: 'grouped' computes those that are chosen, 'dense' (the slow
   # reference) all of them; 'auto' is 'grouped'.
   model.expert_form = 'auto'
@@ -151,8 +153,9 @@ def base(size: str) -> ConfigDict:
   optim.b1 = 0.9  # Decay of the first moment.
   optim.b2 = 0.95  # Decay of the second moment.
   optim.eps = 1e-8  # Added to the root of the second moment.
-  # What quantizers learn beside the kernels (LSQ, ParetoQ, OneBit): undecayed.
-  optim.scales = r'.*/(learned_scale|gain_in|gain_out)'  # Regex.
+  # What quantizers learn beside the kernels (LSQ, ParetoQ, OneBit, learned
+  # clipping): undecayed. Regex.
+  optim.scales = r'.*/(learned_scale|gain_in|gain_out|clip_high|clip_low)'
   optim.scale_lr_ratio = 1.0  # Their learning rate, of the others'.
   optim.clip_norm = 1.0  # Global gradient norm; 0: no clipping.
   optim.accumulate = 1  # Micro-batches summed into one optimizer step.
@@ -178,6 +181,18 @@ def base(size: str) -> ConfigDict:
   data.workers = 0  # Loader processes; 0 reads in threads of this one.
   data.threads = 2  # Reader threads per loader process.
   data.timeout_s = 600.0  # A batch that takes longer ends the run.
+  # What begins a text for the finished model, and a prompt: 'end', the token
+  # that ends a text, which stands before every document of the training; or
+  # 'tokenizer', what the tokenizer puts there (LLaMA's `<s>`; nothing for
+  # SmolLM2), as before a model of others.
+  data.begin = 'end'
+  # Fine-tuning on the right continuations of a zero-shot task: its file, or the
+  # folder of it (docs/evaluation.md). '': windows of the data set.
+  data.task = ''
+  data.task_train = 1000  # Documents to train on; these three are MeZO's.
+  data.task_dev = 500  # Documents to evaluate every eval.every steps.
+  data.task_test = 1000  # Documents to evaluate at the end.
+  data.task_seed = 0  # Of which documents these are.
 
   train = config.train = ConfigDict()
   train.steps = {'tiny': 400, 'small': 1250}.get(size, 100_000)  # Optimizer's.
@@ -236,7 +251,8 @@ def spec(
       'int2', 'int3', 'int4', 'int8', and with a zero point 'int2_asym', ...;
       'fp8' (e4m3); 'binary_mix' (binary, apart from the largest weights);
       with learned scales 'lsq3', 'lsq4', 'paretoq1', 'paretoq_ternary',
-      'paretoq2', 'onebit' (granularity 'channel').
+      'paretoq2', 'onebit' (granularity 'channel'); with learned clipping
+      'lwc2', 'lwc3', 'lwc4', 'lwc6', 'lwc8' ('channel' or 'group').
     activation: format of the inputs: 'none', 'int8', 'int6', 'int4',
       and with a zero point 'int8_asym', ...
     granularity: weights that share a scale: 'tensor', 'channel' (output), or

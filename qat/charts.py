@@ -49,7 +49,7 @@ def learning(
         plots.layout(),
       )
     )
-  charts += _schedule(series)
+  charts += [*_task(series), *_schedule(series)]
   for key, title, caption, axis in (
     (
       'train/grad_norm',
@@ -59,10 +59,26 @@ def learning(
       {'type': 'log', 'dtick': 'D2'},
     ),
     (
+      'train/slope',
+      'Slope along random directions',
+      'Clipped; with several directions the root of the mean square. It goes '
+      'up and down from step to step by as much as it is; its average should '
+      'fall, or stay, with the loss. On a logarithmic axis.',
+      {'type': 'log', 'dtick': 'D2'},
+    ),
+    (
+      'train/clipped',
+      'Clipped slopes',
+      'Share of the directions whose slope was clipped (config.zo.clip). More '
+      'than a few say that config.zo.eps is too large, or that single batches '
+      'are very unlike.',
+      {'rangemode': 'tozero'},
+    ),
+    (
       'train/param_norm',
       'Parameter norm',
-      'Of all parameters together. Growth that slows down is usual; weight '
-      'decay holds it back. A jump is a step that was too large.',
+      'Of all that is trained together. Growth that slows down is usual; '
+      'weight decay holds it back. A jump is a step that was too large.',
       {},
     ),
     (
@@ -85,6 +101,32 @@ def _noisy(steps: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:
       'as measured', *plots.thin(steps, values), color=plots.FAINT, width=1
     ),
     plots.line('average', *plots.thin(steps, plots.smooth(values))),
+  ]
+
+
+def _task(series: plots.Series) -> list[plots.Chart]:
+  if not {'task/dev/acc', 'task/dev/acc_stderr', 'task/dev/loss'} <= {*series}:
+    return []
+  steps, shares = series['task/dev/acc']
+  errors = series['task/dev/acc_stderr'][1]
+  data = [
+    plots.line('accuracy', *plots.thin(steps, shares), mode='lines+markers')
+  ]
+  for name, sign in (('+ std. error', 1), ('- std. error', -1)):
+    at = plots.thin(steps, shares + sign * errors)
+    data.append(plots.line(name, *at, color=plots.FAINT, dash='dot', width=1))
+  loss = plots.line(
+    'loss, nats', *plots.thin(*series['task/dev/loss']), color=plots.PALETTE[0]
+  )
+  return [
+    plots.Chart(
+      'Task',
+      'On the dev documents: the share of right choices, and the loss of the '
+      'right continuations. A loss that rises while that of the training falls '
+      'says that documents are learnt by heart.',
+      [*data, loss | {'yaxis': 'y2'}],
+      plots.stacked(plots.layout()),
+    )
   ]
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from qat import estimator_checks
 from qat import optim
 from qat import sharding
+from qat.data import task_loader
 from qat.nn import attention
 from qat.nn import ffn
 from qat.nn import remat
 from qat.nn import stacked
 from qat.nn import transformer
-from qat.quant import dot
+from qat.quant import choice
 from qat.quant import rules as rules_lib
 
 
@@ -45,10 +47,12 @@ def check(
   """
   errors = [*_model_errors(config), *_number_errors(config)]
   errors += _batch_errors(config, devices, processes)
+  errors += task_loader.errors(config)
+  errors += estimator_checks.errors(config)
   for attempt in (
     lambda: sharding.mesh_shape(config.mesh, devices),
     lambda: optim.check_quantization(config.quant.anneal, config.train.steps),
-    lambda: dot.choose_method(
+    lambda: choice.choose_method(
       config.model.quantized_dot, config.model.dot_dtype, 'cpu'
     ),
     lambda: attention.choose_form(
@@ -89,6 +93,7 @@ def _regex_errors(config: ConfigDict, devices: int) -> list[str]:
       model.rules.check(rules_lib.kernels(params))
       if config.model.scan_layers:
         errors += stacked.errors(config, model.rules, params)
+      errors += estimator_checks.parameter_errors(config, params)
   except (ValueError, TypeError) as error:
     errors.append(f'quant: {error}')
   return errors
@@ -193,7 +198,8 @@ _SHARES = """optim.decay_fraction optim.switch_fraction
 # Fields that the first configs did not have, apart from these numbers.
 _LATER = """model.scan_layers model.expert_form model.feature_scaling
   model.experts_per_token model.norm_type model.bias model.positions
-  model.rope_scaling.kind optim.scales quant.anneal.shape""".split()
+  model.rope_scaling.kind optim.scales optim.estimator quant.anneal.shape
+  init.model zo.master data.task data.begin""".split()
 
 
 def _number_errors(config: ConfigDict) -> list[str]:
@@ -241,6 +247,11 @@ def _batch_errors(
     errors.append(
       f'eval.batch_size={config.eval.batch_size} is no multiple of'
       f' {devices} devices.'
+    )
+  if 0 < config.model.max_positions < config.data.seq_len:
+    errors.append(
+      f'data.seq_len={config.data.seq_len} is more than model.max_positions='
+      f'{config.model.max_positions}; give shorter sequences.'
     )
   if config.sensitivity.sequences % processes:
     errors.append(

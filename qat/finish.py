@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import itertools
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -23,6 +24,8 @@ from qat.infer import generate
 from qat.nn import capture
 from qat.nn import stacked
 from qat.nn import transformer
+from qat.quant import composed
+from qat.quant import packing
 from qat.quant import rules as rules_lib
 
 SAMPLES = 'samples.jsonl'
@@ -34,26 +37,51 @@ def bits_per_weight(params: Any, rules: rules_lib.Rules) -> float:
 
   The bits of the weights alone, as papers count them: see `rules.Spec.bits`. A
   scale for each of a paper's matrices adds less than 0.001 bits; 16-bit scales
-  of groups of 64 would add 0.25.
+  of groups of 64 would add 0.25. A matrix that was quantized after training
+  counts all that a file keeps of it.
+
+  Args:
+    params: the parameters; their shapes are enough where nothing is quantized.
+    rules: the model's.
   """
+
+  def read(leaf):
+    if composed.is_quantized(leaf):  # Of all processes, where there are more.
+      return jax.tree.map(np.asarray, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+  params = jax.tree.map(read, params, is_leaf=composed.is_quantized)
   bits = weights = 0
   for path, kernel in rules_lib.kernels(stacked.unstacked(params)).items():
-    bits += kernel.size * rules.find(path).bits
-    weights += kernel.size
+    size = math.prod(kernel.shape)
+    weights += size
+    if composed.is_quantized(kernel):
+      bits += packing.stored_bits(kernel)
+    else:
+      bits += size * rules.find(path).bits
   return bits / weights
 
 
 def parameter_count(program: step_lib.Program) -> int:
-  """Entries of all parameters."""
-  return sum(leaf.size for leaf in jax.tree.leaves(program.abstract.params))
+  """Entries of all parameters; of a quantized matrix, those of the matrix."""
+  leaves = jax.tree.leaves(
+    program.abstract.params, is_leaf=composed.is_quantized
+  )
+  return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def introduction(program: step_lib.Program, peak: float) -> str:
-  """A run's first line; `peak` is the measured FLOP/s of all devices."""
+def introduction(program: step_lib.Program, params: Any, peak: float) -> str:
+  """A run's first line.
+
+  Args:
+    program: the run's program.
+    params: the parameters.
+    peak: the measured FLOP/s of all devices.
+  """
   config = program.config
   tokens = config.data.batch_size * config.data.seq_len
   platform = program.mesh.devices.flat[0].platform
-  bits = bits_per_weight(program.abstract.params, program.model.rules)
+  bits = bits_per_weight(params, program.model.rules)
   return (
     f'{config.name}: {display.count(parameter_count(program))} parameters,'
     f' {bits:.2f} bits a weight in the blocks;'
@@ -167,9 +195,7 @@ def finish(
     'baseline/gzip_bits_per_byte': valid['gzip_bits_per_byte'],
     'baseline/unigram_bits_per_byte': valid['unigram_bits_per_byte'],
     'parameters': parameter_count(program),
-    'bits_per_weight': bits_per_weight(
-      program.abstract.params, program.model.rules
-    ),
+    'bits_per_weight': bits_per_weight(params, program.model.rules),
     'steps': config.train.steps,
     'tokens': config.train.steps * tokens_per_step,
     'tokens_per_s': float(np.median(speeds)),

@@ -14,9 +14,11 @@ from qat.quant import rules as rules_lib
 def train_flops_per_token(config: ConfigDict, params: dict) -> float:
   """Multiplications and additions of a training step, for one token.
 
-  6 for each weight that takes part in a product (2 forward, 4 backward), and
-  12 * L * d_model * T / 2 for causal attention. An expert layer counts the
-  experts that a token meets. Recomputation and quantization do not count.
+  A forward pass takes 2 for each weight that takes part in a product, and
+  4 * L * d_model * T / 2 for causal attention; a backward pass twice that, and
+  so do the tangents of a pass in forward mode; two-point estimates take two
+  forward passes a direction. An expert layer counts the experts that a token
+  meets. Recomputation, quantization and noise do not count.
 
   Args:
     config: a run's config.
@@ -24,12 +26,13 @@ def train_flops_per_token(config: ConfigDict, params: dict) -> float:
   """
   weights = config.model.vocab_size * config.model.d_model  # The head.
   for kernel in rules_lib.kernels(stacked.unstacked(params)).values():
-    met = config.model.experts_per_token if kernel.ndim == 3 else 1
+    met = config.model.experts_per_token if len(kernel.shape) == 3 else 1
     weights += met * int(np.prod(kernel.shape[-2:]))
-  attention = (
-    6 * config.model.n_layers * config.model.d_model * config.data.seq_len
-  )
-  return 6 * weights + attention
+  c = config.model
+  forward = 2 * weights + 2 * c.n_layers * c.d_model * config.data.seq_len
+  q = config.zo.directions
+  passes = {'backprop': 3, 'spsa': 2 * q, 'forward': 3 * q}
+  return passes[config.optim.estimator] * forward
 
 
 def measured_peak(size: int = 1024, seconds: float = 0.3) -> float:

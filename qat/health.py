@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 
 from qat.nn import stacked
+from qat.quant import composed
 from qat.quant import rules as rules_lib
 
 Codes = dict[str, jax.Array]
@@ -17,7 +18,10 @@ Codes = dict[str, jax.Array]
 
 @functools.partial(jax.jit, static_argnums=1)
 def codes(params: Any, rules: rules_lib.Rules) -> Codes:
-  """The weight codes of every quantized layer: layer path -> int8."""
+  """The weight codes of every quantized layer: layer path -> int8.
+
+  Without those of frozen matrices (`qat.carried`), whose codes cannot change.
+  """
   params = stacked.unstacked(params)
   quantized = rules_lib.quantize_kernels(params, rules)
   return {path: q.codes for path, q in quantized.items()}
@@ -34,7 +38,9 @@ def _measure(params: Any, before: Codes, rules: rules_lib.Rules):
     if q.alphabet == 'ternary':
       zeros = jnp.mean(q.codes == 0, dtype=jnp.float32)
       values[f'health/zeros/{path}'] = zeros
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(
+    params, is_leaf=composed.is_quantized
+  ):
     if keys[-1].key in ('alpha', 'beta'):
       values[f'health/{keys[-1].key}/{keys[0].key}'] = leaf
   return values

@@ -1,6 +1,7 @@
-"""Schedules of learning rate and weight decay, and the AdamW chain."""
+"""Schedules of learning rate and weight decay; the chain of AdamW or SGD."""
 
 from collections.abc import Callable
+import functools
 import re
 
 import jax
@@ -119,46 +120,58 @@ def check_quantization(config: ConfigDict, steps: int) -> None:
     )
 
 
+def is_scale(config: ConfigDict, path: str) -> bool:
+  """Whether `optim.scales` covers the parameter at a path."""
+  return bool(re.fullmatch(config.scales, stacked.one_layer(path)))
+
+
+def is_decayed(config: ConfigDict, path: str) -> bool:
+  """Whether the parameter at a path decays."""
+  pattern = f'{config.no_decay}|{config.scales}'
+  return not re.fullmatch(pattern, stacked.one_layer(path))
+
+
 def make(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-  """Clipping, Adam, decoupled decay, learning rate: one optax chain.
+  """Clipping, moments, decoupled decay, learning rate: one optax chain.
 
   The learning rate and the weight decay of the latest update stand in the
-  state's `hyperparams`.
+  state's `hyperparams`. Without moments ('sgd') there is no other state.
 
   Args:
     config: the `optim` section.
     steps: optimizer steps of the whole run.
   """
 
-  def covered(pattern, params):
+  def covered(test, params):
     def one(keys, _):
-      path = stacked.one_layer('/'.join(key.key for key in keys))
-      return bool(re.fullmatch(pattern, path))
+      return test(config, '/'.join(key.key for key in keys))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
-  def scales(params):
-    return covered(config.scales, params)
-
-  def decayed(params):
-    kept = covered(f'{config.no_decay}|{config.scales}', params)
-    return jax.tree.map(lambda keep: not keep, kept)
-
-  def adamw(learning_rate, weight_decay):
+  def chain(learning_rate, weight_decay):
     clip = (
       optax.clip_by_global_norm(config.clip_norm)
       if config.clip_norm
       else optax.identity()
     )
+    moments = (
+      optax.scale_by_adam(config.b1, config.b2, config.eps)
+      if config.optimizer == 'adamw'
+      else optax.identity()
+    )
     return optax.chain(
       clip,
-      optax.scale_by_adam(config.b1, config.b2, config.eps),
-      optax.add_decayed_weights(weight_decay, decayed),
+      moments,
+      optax.add_decayed_weights(
+        weight_decay, functools.partial(covered, is_decayed)
+      ),
       optax.scale_by_learning_rate(learning_rate),
-      optax.masked(optax.scale(config.scale_lr_ratio), scales),
+      optax.masked(
+        optax.scale(config.scale_lr_ratio), functools.partial(covered, is_scale)
+      ),
     )
 
-  return optax.inject_hyperparams(adamw)(
+  return optax.inject_hyperparams(chain)(
     learning_rate=learning_rate(config, steps),
     weight_decay=weight_decay(config, steps),
   )

@@ -8,6 +8,7 @@ where a continuation is predicted, and only `_CHUNK` positions at a time.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import time
 from typing import Any
 from typing import NamedTuple
@@ -16,10 +17,13 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 import numpy as np
 import tokenizers
 
+from qat import sharding
 from qat import windows
 from qat.data import progress
 from qat.data import tokenizer as tokenizer_lib
@@ -149,7 +153,8 @@ def make_step(config: ConfigDict, model: transformer.Transformer) -> Step:
       )
 
     start = (jnp.zeros(place_S.shape), jnp.zeros(place_S.shape, bool))
-    return lax.fori_loop(0, (count + _CHUNK - 1) // _CHUNK, add, start)
+    found = lax.fori_loop(0, (count + _CHUNK - 1) // _CHUNK, add, start)
+    return lax.with_sharding_constraint(found, P())  # Whole, on each device.
 
   return step
 
@@ -163,29 +168,38 @@ def score(
   batch_tokens: int,
   longest: int,
   label: str,
+  hurry: Callable[[], object] = lambda: False,
 ) -> list[Score]:
   """Scores requests.
 
   Args:
     step: from `make_step`.
     params: the parameters.
-    mesh: one device.
+    mesh: the devices, which share the rows of a batch; every process asks for
+      the same requests.
     requests: from `encode`.
     batch_tokens: positions of a batch, padding included; a request that is
       longer is a batch of its own.
     longest: as in `encode`; nothing is padded beyond it.
-    label: what the progress is called.
+    label: what the progress is called; '': none is shown.
+    hurry: asked between batches; true ends the scoring without a result.
 
   Returns:
-    The scores, in the order of the requests.
+    The scores, in the order of the requests; in a hurry, none.
   """
   found: list[Score | None] = [None] * len(requests)
-  parts = list(_batches(requests, batch_tokens, longest))
+  parts = list(_batches(requests, batch_tokens, longest, mesh.size))
   total = sum(rows * length for _, rows, length in parts)
   done, start, scored = 0, time.monotonic(), 0
-  with jax.set_mesh(mesh), progress.bar(label, total) as show:
+  shown = contextlib.nullcontext(lambda done, words: None)
+  if label:
+    shown = progress.bar(label, total)
+  with jax.set_mesh(mesh), shown as show:
     for members, rows, length in parts:
-      batch = _fill([requests[i] for i in members], rows, length)
+      if hurry():
+        return []
+      tokens_BT, *rest = _fill([requests[i] for i in members], rows, length)
+      batch = _spread(tokens_BT, mesh), *rest
       nats_S, greedy_S = jax.device_get(step(params, *batch))
       at = 0
       for i in members:
@@ -207,8 +221,17 @@ def padded(length: int) -> int:
   return size
 
 
+def _spread(tokens_BT: np.ndarray, mesh: Mesh) -> jax.Array:
+  """Rows that all processes have, as one array over the devices."""
+  return jax.make_array_from_callback(
+    tokens_BT.shape,
+    NamedSharding(mesh, sharding.BATCH),
+    lambda index: tokens_BT[index],
+  )
+
+
 def _batches(
-  requests: Sequence[Tokens], batch_tokens: int, longest: int
+  requests: Sequence[Tokens], batch_tokens: int, longest: int, devices: int
 ) -> Iterator[tuple[list[int], int, int]]:
   """Which requests go together, rows of their batch, and its length.
 
@@ -224,6 +247,7 @@ def _batches(
     members = by_length[length]
     few = 1 << (len(members) - 1).bit_length()
     rows = max(1, min(batch_tokens // length, few))
+    rows = -(-rows // devices) * devices
     for i in range(0, len(members), rows):
       yield members[i : i + rows], rows, length
 

@@ -22,13 +22,14 @@ BATCH = P(('data', 'fsdp'))
 # split along the axis of width d_model, the one axis all of them have and the
 # one whose divisibility a single check covers.
 RULES: tuple[tuple[str, P], ...] = (
-  (r'embed/embedding|head', P(None, 'fsdp')),
+  (r'.*/kernel/.*', P()),  # Parts of a matrix quantized after training.
+  (r'embed/embedding|head|positions', P(None, 'fsdp')),
   (r'.*/narrow/(gate|up)/kernel', P('?', 'fsdp', None)),
   (r'.*/narrow/down/kernel', P('?', None, 'fsdp')),
   (r'.*/(q|k|v|gate|up)/kernel', P('fsdp', None)),
   (r'.*/(o|down)/kernel', P(None, 'fsdp')),
   (r'.*/router', P('fsdp', None)),
-  (r'.*(scale|alpha|beta|gain_in|gain_out)', P()),
+  (r'.*(scale|bias|alpha|beta|gain_in|gain_out|clip_high|clip_low)', P()),
 )
 
 

@@ -5,17 +5,20 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 import optax
 
+from qat import carried
+from qat import estimators
 from qat import optim
 from qat import sharding
 from qat.nn import loss as loss_lib
+from qat.nn import reference
 from qat.nn import transformer
+from qat.zo import perturb
 
 # tokens, targets: int32 [B, T]; maybe weights, and rng: key data for each
 # micro-batch, of a step that draws random numbers.
@@ -28,10 +31,11 @@ class State(NamedTuple):
 
   Attributes:
     step: int32, optimizer steps made.
-    params: float32 master weights.
-    opt_state: of the optax chain.
+    params: master weights: float32, or what is trained bfloat16 (`zo.master`);
+      matrices that were quantized after training stay as they are.
+    opt_state: of the optax chain; () where parameters are moved in place.
     rng: key data of the run, for steps that draw random numbers: the noise of
-      a router.
+      a router, directions.
     healthy: bool; False from the first loss or gradient that is not finite,
       and from then on no step changes anything.
   """
@@ -50,18 +54,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def initial_state(
   config: ConfigDict, model: transformer.Transformer
-) -> Callable[[], State]:
-  """A function that makes the state before the first step."""
-  optimizer = optim.make(config.optim, config.train.steps)
+) -> Callable[..., State]:
+  """A function that makes the state before the first step.
 
-  def init() -> State:
+  It takes the parameters; None, and without them: fresh ones.
+  """
+
+  def init(params: Any = None) -> State:
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     tokens = jnp.zeros((1, 8), jnp.int32)
-    params = model.init(init_key, tokens)['params']
+    if params is None:
+      params = model.init(init_key, tokens)['params']
+    params = estimators.stored(config, params)
     return State(
       jnp.zeros((), jnp.int32),
       params,
-      optimizer.init(params),
+      estimators.optimizer_state(config, params),
       jax.random.key_data(run_key),
       jnp.ones((), bool),
     )
@@ -69,9 +77,14 @@ def initial_state(
   return init
 
 
-def abstract_state(init: Callable[[], State], mesh: Mesh) -> State:
-  """Shapes, dtypes and shardings of the state; allocates nothing."""
-  shapes = jax.eval_shape(init)
+def abstract_state(
+  init: Callable[..., State], mesh: Mesh, params: Any = None
+) -> State:
+  """Shapes, dtypes and shardings of the state; allocates nothing.
+
+  `params` are the shapes of what `init` takes.
+  """
+  shapes = jax.eval_shape(init, params)
   shardings = sharding.state_shardings(mesh, shapes, shapes.params)
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
@@ -98,13 +111,15 @@ def loss_sum(
   if 'rng' in batch:
     rngs = {'router': jax.random.wrap_key_data(batch['rng'][0])}
   (x_BTD, _), sown = model.apply(
-    {'params': params},
+    transformer.variables(model, params),
     batch['tokens'],
     mix=mix,
     rngs=rngs,
     mutable=['router'],
   )
-  head_VD = model.apply({'params': params}, method='output_embedding')
+  head_VD = model.apply(
+    transformer.variables(model, params), method='output_embedding'
+  )
   weights = batch.get('weights')
   if weights is None:
     weights = jnp.ones(batch['targets'].shape, jnp.float32)
@@ -124,13 +139,33 @@ def loss_sum(
   return total, sown.get('router', {})
 
 
+def counted(batch: Batch) -> jax.Array | int:
+  """What a mean over a batch divides by: its weights' sum, or its targets."""
+  if 'weights' in batch:
+    return jnp.sum(batch['weights'])
+  return batch['targets'].size
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
+  """Shapes of a training batch; a task's has weights."""
+  shape = (config.data.batch_size, config.data.seq_len)
+  dtypes = {'tokens': jnp.int32, 'targets': jnp.int32}
+  if config.data.task:
+    dtypes['weights'] = jnp.float32
+  where = batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    for name, dtype in dtypes.items()
+  }
+
+
 def make_train_step(
   config: ConfigDict, model: transformer.Transformer, mesh: Mesh
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """One optimizer step; to be jitted with the state donated.
 
-  A step whose loss or gradient is not finite leaves the state as it was, apart
-  from `healthy`; so do all steps after it.
+  A step whose loss, gradient or slope is not finite leaves the state as it was,
+  apart from `healthy`; so do all steps after it.
 
   Args:
     config: a run's config.
@@ -141,13 +176,86 @@ def make_train_step(
     A function (state, batch) -> (state, metrics). Metrics are float32 scalars
     named as the log names them, `healthy` and, with experts, 'router'.
   """
-  optimizer = optim.make(config.optim, config.train.steps)
-  micro_batches = config.optim.accumulate
+  in_place = estimators.in_place(config)
   quantization = optim.quantization(config.quant.anneal)
+  objective = _objective(config, model, mesh)
+  if in_place:
+    move = estimators.moving(config, objective)
+  else:
+    gradient = estimators.gradient(config, objective)
+    optimizer = optim.make(config.optim, config.train.steps)
+
+  def by_gradient(trained, frozen, batch, mix, key, state):
+    measured, grads = gradient(trained, frozen, batch, mix, key)
+    numbers = [v for k, v in measured.items() if k != 'router']
+    healthy = jnp.isfinite(jnp.stack(numbers)).all() & state.healthy
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    changed = optax.apply_updates(trained, updates), opt_state
+    kept = jax.tree.map(
+      lambda new, old: jnp.where(healthy, new, old),
+      changed,
+      (trained, state.opt_state),
+    )
+    now = opt_state.hyperparams
+    measured['train/lr'] = now['learning_rate']
+    measured['train/weight_decay'] = now['weight_decay']
+    return *kept, measured | {'healthy': healthy}
+
+  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    mix = quantization(state.step) if quantization else None
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    if config.model.router_jitter:
+      keys = jax.random.split(key, config.optim.accumulate)
+      batch = {**batch, 'rng': jax.random.key_data(keys)}
+    trained, frozen = estimators.split(config, state.params)
+    if in_place:
+      trained, metrics = move(
+        trained, frozen, batch, mix, key, state.step, state.healthy
+      )
+      opt_state = state.opt_state
+    else:
+      trained, opt_state, metrics = by_gradient(
+        trained, frozen, batch, mix, key, state
+      )
+    metrics['train/param_norm'] = optax.tree.norm(
+      jax.tree.map(lambda w: w.astype(jnp.float32), trained)
+    )
+    if mix is not None:
+      metrics['train/quantization'] = mix
+    return State(
+      state.step + metrics['healthy'],
+      estimators.merge(trained, frozen),
+      opt_state,
+      state.rng,
+      metrics['healthy'],
+    ), metrics
+
+  return step
+
+
+def _objective(
+  config: ConfigDict, model: transformer.Transformer, mesh: Mesh
+) -> estimators.Objective:
+  """What a step minimizes, in the form that the estimator takes."""
+  if config.optim.estimator == 'forward':
+
+    def textbook(params, batch, mix):
+      del mix
+      if 'weights' in batch:
+        raise ValueError(
+          "optim.estimator='forward' reads batches without weights; take 'spsa'"
+          " or 'backprop'."
+        )
+      loss = reference.loss(params, batch, config.model, model.rules)
+      return loss, (loss, {})
+
+    return textbook
+  if config.optim.estimator == 'spsa':
+    model = transformer.reading(model, perturb.read)
 
   def objective(params, batch, mix):
     total, routers = loss_sum(model, config, mesh, params, batch, mix)
-    loss = total / batch['targets'].size
+    loss = total / counted(batch)
     balance = sum(
       jnp.sum(value)  # Of one layer, or of all that are stacked.
       for keys, value in jax.tree_util.tree_leaves_with_path(routers)
@@ -155,61 +263,7 @@ def make_train_step(
     )
     return loss + config.model.balance_coef * balance, (loss, routers)
 
-  def gradient(params, batch, mix):
-    (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(
-      params, batch, mix
-    )
-    return aux, grads
-
-  def accumulated(params, batch, mix):
-    if micro_batches == 1:
-      return gradient(params, batch, mix)
-    parts = jax.tree.map(lambda a: _micro_batches(a, micro_batches), batch)
-    shapes = jax.eval_shape(
-      gradient, params, jax.tree.map(lambda a: a[0], parts), mix
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(total, part):
-      part = gradient(params, part, mix)
-      return jax.tree.map(lambda a, b: a + b / micro_batches, total, part), None
-
-    return lax.scan(add, zeros, parts)[0]
-
-  def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-    mix = quantization(state.step) if quantization else None
-    if config.model.router_jitter:
-      key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-      keys = jax.random.split(key, micro_batches)
-      batch = {**batch, 'rng': jax.random.key_data(keys)}
-    (loss, routers), grads = accumulated(state.params, batch, mix)
-    grad_norm = optax.tree.norm(grads)
-    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & state.healthy
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    changed = State(state.step + 1, params, opt_state, state.rng, healthy)
-    new_state = jax.tree.map(
-      lambda new, old: jnp.where(healthy, new, old), changed, state
-    )._replace(healthy=healthy)
-    metrics = {
-      'train/loss': loss,
-      'train/grad_norm': grad_norm,
-      'train/param_norm': optax.tree.norm(new_state.params),
-      'train/lr': opt_state.hyperparams['learning_rate'],
-      'train/weight_decay': opt_state.hyperparams['weight_decay'],
-      'healthy': healthy,
-      'router': routers,
-    }
-    if mix is not None:
-      metrics['train/quantization'] = mix
-    return new_state, metrics
-
-  return step
-
-
-def _micro_batches(a_BT: jax.Array, n: int) -> jax.Array:
-  """`[B, ...]` -> `[n, B / n, ...]`, each part spread over all devices."""
-  return a_BT.reshape(a_BT.shape[0] // n, n, *a_BT.shape[1:]).swapaxes(0, 1)
+  return objective
 
 
 class Program(NamedTuple):
@@ -219,7 +273,8 @@ class Program(NamedTuple):
     config: the config it was made from.
     mesh: the devices.
     model: the transformer.
-    init: makes the state before the first step.
+    init: makes the state before the first step, of the parameters it is given
+      or of fresh ones.
     abstract: shapes, dtypes and shardings of the state.
     train_step: compiled (state, batch) -> (state, metrics); the state given is
       donated.
@@ -228,36 +283,44 @@ class Program(NamedTuple):
   config: ConfigDict
   mesh: Mesh
   model: transformer.Transformer
-  init: Callable[[], State]
+  init: Callable[..., State]
   abstract: State
   train_step: Callable[[State, Batch], tuple[State, Metrics]]
 
 
-def compile_program(config: ConfigDict, mesh: Mesh) -> Program:
-  """Builds the model and compiles the train step, without any parameters."""
+def compile_program(
+  config: ConfigDict,
+  mesh: Mesh,
+  described: carried.Description | None = None,
+) -> Program:
+  """Builds the model and compiles the train step, without any parameters.
+
+  Args:
+    config: a run's config.
+    mesh: the mesh it runs on.
+    described: the quantized matrices in the parameter tree, if there are any.
+  """
   platform = mesh.devices.flat[0].platform
   model = transformer.build(config, platform, mesh.size)
   init = initial_state(config, model)
   with jax.set_mesh(mesh):
-    abstract = abstract_state(init, mesh)
+    shapes = transformer.abstract_params(model)
+    abstract = abstract_state(
+      init, mesh, carried.with_shapes(shapes, described or {})
+    )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  rows = jax.ShapeDtypeStruct(
-    (config.data.batch_size, config.data.seq_len),
-    jnp.int32,
-    sharding=batch_sharding(mesh),
-  )
   train_step = jax.jit(
     make_train_step(config, model, mesh),
     donate_argnums=0,
     out_shardings=(shardings, None),
   )
 
-  def initialize() -> State:
+  def initialize(params: Any = None) -> State:
     with jax.set_mesh(mesh):
-      return jax.jit(init, out_shardings=shardings)()
+      state = jax.jit(init, out_shardings=shardings)(params)
+      return state._replace(params=estimators.snapped(config, state.params))
 
   with jax.set_mesh(mesh):
-    compiled = train_step.lower(
-      abstract, {'tokens': rows, 'targets': rows}
-    ).compile()
+    batch = abstract_batch(config, mesh)
+    compiled = train_step.lower(abstract, batch).compile()
   return Program(config, mesh, model, initialize, abstract, compiled)

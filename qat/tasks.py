@@ -16,6 +16,7 @@ a score that is not computed here; they are skipped.
 """
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import gzip
@@ -28,10 +29,12 @@ import zlib
 import numpy as np
 
 from qat import scores as scores_lib
+from qat.data import shards
 from qat.data import sources
 
 UNCONDITIONAL = 1_000_000  # The first `doc_id` without a context.
 FILES = ('requests.jsonl', 'requests.jsonl.gz')
+PARTS = ('train', 'dev', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Document:
 
   requests: tuple[scores_lib.Request, ...]
   label: int | None
+
+  @property
+  def right(self) -> int:
+    """Which request has the right continuation."""
+    return self.label or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +130,42 @@ def read(path: pathlib.Path, limit: int = 0) -> Task:
     )
   name, variant = lines[0][0]['task_name'], path.absolute().parent.name
   return Task(name, variant, tuple(documents))
+
+
+def split(task: Task, sizes: Mapping[str, int], seed: int) -> dict[str, Task]:
+  """Takes a task apart, into documents to train on and others.
+
+  A hash of the seed and of its place gives each document a rank, the same
+  everywhere and for ever. Test has the first, dev the next, train those behind
+  them: more documents to train on leave the others as they are.
+
+  Args:
+    task: the task.
+    sizes: documents of each of `PARTS`.
+    seed: of the ranks.
+
+  Returns:
+    A task of each part.
+
+  Raises:
+    ValueError: the task has too few documents.
+  """
+  count, total = len(task.documents), sum(sizes[part] for part in PARTS)
+  if total > count:
+    asked = ' + '.join(f'{sizes[part]} of {part}' for part in PARTS)
+    raise ValueError(
+      f'{task.name}, {task.variant} has {count} documents, fewer than {asked}'
+      f' = {total}. Lower config.data.task_train, task_dev or task_test, or'
+      ' name a larger task.'
+    )
+  ranks = [shards.hash64(f'part/{seed}/{i}'.encode()) for i in range(count)]
+  order = iter(sorted(range(count), key=ranks.__getitem__))
+  found = {}
+  for part in reversed(PARTS):
+    chosen = sorted(itertools.islice(order, sizes[part]))
+    documents = tuple(task.documents[i] for i in chosen)
+    found[part] = dataclasses.replace(task, documents=documents)
+  return found
 
 
 _FIELDS = {

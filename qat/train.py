@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
+from qat import carried
 from qat import changes
 from qat import checkpoint
 from qat import config as config_lib
@@ -18,12 +19,15 @@ from qat import finish
 from qat import flops
 from qat import guard
 from qat import health
+from qat import initial
 from qat import lock
 from qat import metrics
 from qat import sharding
 from qat import step as step_lib
+from qat import task_run
 from qat.data import dataset as dataset_lib
 from qat.data import loader as loader_lib
+from qat.data import task_loader
 from qat.infer import load
 from qat.nn import transformer
 
@@ -49,6 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   """
   primary = jax.process_index() == 0
   started = time.monotonic()
+  config = initial.resolve(config, workdir)
   config_lib.check(
     config, devices=jax.device_count(), processes=jax.process_count()
   )
@@ -65,19 +70,23 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     # 1. What needs no state, and loses nothing when it is interrupted.
     with interrupts.nothing_to_lose():
       dataset = load.open_dataset(config)
-      loader = enter(contextlib.closing(_open_loader(config, dataset)))
+      parts = task_run.open_parts(config, dataset)
+      loader = enter(contextlib.closing(_open_loader(config, dataset, parts)))
       mesh = sharding.make_mesh(config.mesh)
       enter(jax.set_mesh(mesh))
+      start = initial.find(config, workdir, dataset)
       with guard.time_limit('compiling', config.train.timeout_s):
-        program = step_lib.compile_program(config, mesh)
+        program = step_lib.compile_program(config, mesh, start.described)
       eval_step = evaluate.make_eval_step(config, program.model, mesh)
+      evaluate_task = task_run.evaluator(program, parts)
       peak = flops.measured_peak() * mesh.size
     if primary:
       with metrics.replacing(workdir / 'config.json') as file:
         file.write(config_lib.to_json(config).encode())
 
     # 2. Where the state comes from; the first that applies:
-    #    the newest good checkpoint of this workdir, or fresh parameters.
+    #    the newest good checkpoint of this workdir, the parameters of
+    #    config.init.model, or fresh ones.
     checkpoints = enter(
       checkpoint.Checkpointer(
         workdir / 'checkpoints',
@@ -88,7 +97,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     )
     restored = checkpoints.restore(program.abstract)
     if restored is None:
-      first, state, seconds_before = 0, program.init(), 0.0
+      first, seconds_before = 0, 0.0
+      state = program.init(initial.place(start, program.abstract))
     else:
       first, state = restored.step, restored.state
       loader.restore(restored.extra['data'])
@@ -101,7 +111,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         primary=primary,
       )
     )
-    log.say(finish.introduction(program, peak))
+    log.say(finish.introduction(program, state.params, peak))
     if first:
       log.say(f'Going on from step {first} in {workdir}.')
 
@@ -109,11 +119,22 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     #    that the device never waits; before anything looks at the state, the
     #    newest measurements are read too, so that no state is saved or
     #    evaluated that came out of a step gone wrong.
-    meter = _Meter(program, peak, first)
-
     def hurry() -> bool:
       return jax.process_count() == 1 and interrupts.requested is not None
 
+    def evaluate_all() -> dict[str, float]:
+      found = evaluate.evaluate(
+        eval_step, state.params, config, dataset, mesh, hurry
+      )
+      return found and found | evaluate_task(state.params, 'dev', hurry)
+
+    if start.params is not None:
+      log.say(start.words)
+      if before := evaluate_all():
+        log.scalars(0, before)
+    described = {carried.EXTRA: start.described}
+    del start  # And with it the parameters on the host.
+    meter = _Meter(program, peak, first)
     late = None
     evaluated = {}
     for step in range(first + 1, config.train.steps + 1):
@@ -146,9 +167,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       late = None
       with meter.pause():
         if evaluates and not stop:
-          evaluated = evaluate.evaluate(
-            eval_step, state.params, config, dataset, mesh, hurry
-          )
+          evaluated = evaluate_all()
           if evaluated:
             log.scalars(step, evaluated)
         if studies and not stop:
@@ -159,7 +178,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         if saves or stop:
           seconds = seconds_before + time.monotonic() - started
           checkpoints.save(
-            step, state, {'data': loader.state(), 'seconds': seconds}
+            step,
+            state,
+            {'data': loader.state(), 'seconds': seconds, **described},
           )
         checkpoints.poll()
       if stop:
@@ -171,9 +192,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     # 4. What a finished run leaves.
     with interrupts.nothing_to_lose():
       if not evaluated:  # It was complete when it was started again.
-        evaluated = evaluate.evaluate(
-          eval_step, state.params, config, dataset, mesh, hurry
-        )
+        evaluated = evaluate_all()
+      if parts:
+        tested = evaluate_task(state.params, 'test', hurry)
+        log.scalars(config.train.steps, tested)
+        evaluated |= tested
       seconds = seconds_before + time.monotonic() - started
       finish.finish(
         program, state.params, dataset, workdir, log, evaluated, seconds
@@ -182,8 +205,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 def _open_loader(
-  config: ConfigDict, dataset: dataset_lib.Dataset
-) -> loader_lib.TrainLoader:
+  config: ConfigDict,
+  dataset: dataset_lib.Dataset,
+  parts: dict[str, task_run.Part],
+) -> loader_lib.TrainLoader | task_loader.TaskLoader:
+  if parts:
+    return task_run.open_loader(config, dataset, parts['train'])
   return loader_lib.TrainLoader(
     dataset.path,
     seq_len=config.data.seq_len,
@@ -263,13 +290,18 @@ def _settle(
   with guard.time_limit(f'step {step}', config.train.timeout_s):
     healthy = bool(measured['healthy'])
   if not healthy:
+    backprop = config.optim.estimator == 'backprop'
+    key, name, lower = (
+      ('grad_norm', 'gradient norm', 'config.optim.clip_norm')
+      if backprop
+      else ('slope', 'slope', 'config.zo.eps')
+    )
     raise NonFiniteError(
-      f'Step {step}: loss {float(measured["train/loss"])}, gradient norm'
-      f' {float(measured["train/grad_norm"])}.'
+      f'Step {step}: loss {float(measured["train/loss"])}, {name}'
+      f' {float(measured[f"train/{key}"])}.'
       f' {_diagnose(program, state.params, batch)} The parameters are those'
       f' before step {step}; the checkpoints are untouched. Lower'
-      ' config.optim.peak_lr, or lower config.optim.clip_norm, and go on in a'
-      ' new workdir.'
+      f' config.optim.peak_lr, or lower {lower}, and go on in a new workdir.'
     )
   values = {k: v for k, v in measured.items() if k != 'healthy'}
   if step % config.train.log_every and step != config.train.steps:
@@ -290,7 +322,7 @@ def _settle(
 def _diagnose(
   program: step_lib.Program, params: Any, batch: step_lib.Batch
 ) -> str:
-  """Runs a step's forward and backward pass again, and names a culprit."""
+  """Runs a step's passes again, and names a culprit."""
   model, params = transformer.unscanned(program.model, params)
 
   def forward(params, batch):
@@ -299,6 +331,9 @@ def _diagnose(
     )[1]['intermediates']
 
   def gradient(params, batch):
+    if program.config.optim.estimator != 'backprop':
+      return {}  # There was none, and may be no room for one.
+
     def loss(params):
       return step_lib.loss_sum(
         model, program.config, program.mesh, params, batch

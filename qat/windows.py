@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 import numpy as np
 import tokenizers
 
@@ -59,16 +60,31 @@ def read(name: str, field: str = 'text') -> str:
 def start(model: load.Loaded) -> list[int]:
   """The tokens that begin a text for a model.
 
-  A model that this framework trained has read every document behind an end of
-  text. Another model gets what its tokenizer puts before a text: LLaMA's `<s>`,
+  A model that this framework trained begins as its config says (`begin`).
+  Another model gets what its tokenizer puts before a text: LLaMA's `<s>`,
   nothing for SmolLM2. A quantized model begins as the one it was made from.
   """
   source = model.source
   while source['format'] == 'quantized':
     source = source['model']
   if source['format'] == 'run':
-    return [model.begin]
+    return begin(model.config, model.tokenizer, model.begin)
   return model.tokenizer.encode('').ids
+
+
+def begin(
+  config: ConfigDict, tokenizer: tokenizers.Tokenizer, end: int
+) -> list[int]:
+  """The tokens that begin a text for a run's model.
+
+  Args:
+    config: of the run; `data.begin` says which.
+    tokenizer: of its data set.
+    end: the token that ends a document.
+  """
+  if config.data.begin == 'end':
+    return [end]
+  return tokenizer.encode('').ids
 
 
 def encode(

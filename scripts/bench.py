@@ -1,10 +1,11 @@
-"""Measures; `train` compares the training step of the methods.
+"""Measures training steps (`train`) and packed products (`kernels`, on CPUs).
 
   python scripts/bench.py train
   python scripts/bench.py train --methods=plain,bitnet --rounds=12 --json=b.json
   python scripts/bench.py train --d-model=1024 --layers=4 --d-ff=2400 \
       --heads=16 --seq-len=512 --batch=8
   python scripts/bench.py train --size=300m --batch=8   # On an accelerator.
+  python scripts/bench.py kernels
 
 Every round runs one step of each variant in turn, so that a slow moment of the
 machine meets all of them; ratios are taken round by round. `plain` is BitNet in
@@ -43,6 +44,7 @@ from configs import bitnet_b158
 from configs import common
 from configs import fp
 from configs import pquant
+from pallas_kernels import measure
 from qat import display
 from qat import flops
 from qat import optim
@@ -225,6 +227,28 @@ def _print(console: rich_console.Console, result: dict, base: str) -> None:
   console.print(table)
 
 
+def kernels(args: argparse.Namespace) -> dict[str, Any]:
+  """Times products with packed weights; returns and prints what was measured.
+
+  Raises:
+    ValueError: without the C++ extension.
+  """
+  rows = list(measure.packed_products(args.rounds))
+  table = rich_table.Table(title=f'{_machine()}, jax {jax.__version__}')
+  for name in rows[0]:
+    table.add_column(name, justify='right', no_wrap=True)
+  for row in rows:
+    cells = [display.count(v) if _large(v) else v for v in row.values()]
+    cells = [f'{v:.3g}' if isinstance(v, float) else str(v) for v in cells]
+    table.add_row(*cells)
+  rich_console.Console(width=None if sys.stdout.isatty() else 110).print(table)
+  return {'machine': _machine(), 'commit': _commit(), 'rows': rows}
+
+
+def _large(value: Any) -> bool:
+  return isinstance(value, (int, float)) and value >= 10_000
+
+
 def _machine() -> str:
   device = jax.devices()[0]
   if device.platform != 'cpu':
@@ -256,6 +280,9 @@ def main(argv: list[str]) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   commands = parser.add_subparsers(required=True, dest='what')
+  command = commands.add_parser('kernels')
+  command.add_argument('--rounds', type=int, default=30)
+  command.add_argument('--json', help='also write the result to this file')
   command = commands.add_parser(
     'train', formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
@@ -291,6 +318,14 @@ def main(argv: list[str]) -> int:
     )
   command.add_argument('--json', help='also write the result to this file')
   args = parser.parse_args(argv)
+  result = kernels(args) if args.what == 'kernels' else _train(parser, args)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + '\n')
+  return 0
+
+
+def _train(parser, args: argparse.Namespace) -> dict[str, Any]:
+  """Checks what to compare, and compares it."""
   unknown = set(args.methods.split(',')) - {PLAIN, *METHODS}
   if unknown:
     parser.error(
@@ -298,10 +333,7 @@ def main(argv: list[str]) -> int:
     )
   if args.base and args.base not in args.methods.split(','):
     parser.error(f'--base={args.base} is not among --methods={args.methods}')
-  result = train(args)
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + '\n')
-  return 0
+  return train(args)
 
 
 if __name__ == '__main__':

@@ -41,6 +41,8 @@ def _integers() -> dict[str, tuple[str, dict[str, Any]]]:
       f'slim_llm-{bits}': ('slim_llm', {'method.bits': bits}),
       f'tacq-{bits}': ('tacq', corrupted),
     }
+  # At 2 bits the default keeps 11 % of the weights in 16 bits.
+  made['spqr-2'][1]['method.outlier_threshold'] = 1.0
   return made
 
 

@@ -4,16 +4,21 @@
       --target=v5p:2x2x1,h200 --config.data.batch_size=16
   python scripts/compile_check.py --config=configs/bitnet.py:300m \
       --target=h200 --config.data.batch_size=4 --json | jq .
+  python scripts/compile_check.py --config=configs/integer.py:1.3b \
+      --config.optim.estimator=spsa --config.optim.optimizer=sgd \
+      --config.optim.clip_norm=0 --target=h200 --compare
   python scripts/compile_check.py --config=configs/ptq/tacq.py \
       --model=llama3-8b --target=h200
 
 It is the step that `python -m qat.main` would run on those devices, compiled by
 the compilers of their makers. NOTHING IS RUN: memory is what the compiler laid
 out, and there is no speed. Any field of the config can be set, as for qat.main;
-data.batch_size is of all devices together. With --model it is what
-scripts/quantize.py would run with GPTQ or TaCQ on a model of that shape,
-program by program, on one device. Each target is compiled in a process of its
-own, because some errors of a compiler end the process.
+data.batch_size is of all devices together. With --compare the loss of the same
+batch alone, and the step by backpropagation with AdamW, are compiled beside it,
+and its memory is a share of theirs. With --model it is what scripts/quantize.py
+would run with GPTQ or TaCQ on a model of that shape, program by program, on one
+device. Each target is compiled in a process of its own, because some errors of
+a compiler end it.
 
 TPUs need the Python package libtpu, GPUs the plugin of jax and nvcc; both come
 from PyPI, and the command is told where they are missing.
@@ -41,6 +46,7 @@ from qat import config as config_lib
 from qat import config_file
 from qat import display
 from qat import flops
+from qat import footprint
 from qat import hlo
 from qat import sharding
 from qat import step as step_lib
@@ -79,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
       if options.model:
         found = probe_walk(config, _shape(options.model), chosen[0])
       else:
-        found = probe(config, chosen[0])
+        found = probe(config, chosen[0], options.compare)
       pathlib.Path(options.probe).write_text(json.dumps(found))
       return 0
     lacking = [text for t in chosen if (text := targets.missing(t))]
@@ -100,16 +106,19 @@ def main(arguments: Sequence[str]) -> int:
   return 0 if all(r['error'] is None for r in results) else 1
 
 
-def probe(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+def probe(
+  config: ConfigDict, target: targets.Target, compare: bool = False
+) -> dict[str, Any]:
   """Compiles in this process; returns what the compiler tells.
 
   Args:
     config: a locked config.
     target: the devices; this process was started with their `environment`.
+    compare: whether also to compile what the step is compared with.
 
   Returns:
     The figures by name, bytes of memory on each device; 'error' is None, or
-    why there are none.
+    why there are none. With `compare` also peaks of `footprint.beside`.
 
   Raises:
     ValueError: the config cannot run on these devices.
@@ -125,6 +134,9 @@ def probe(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
   start = time.monotonic()
   try:
     program = step_lib.compile_program(config, mesh)
+    for name, other in (footprint.beside(program) if compare else {}).items():
+      peak = other.memory_analysis().peak_memory_in_bytes
+      found[f'{name}_peak_bytes'] = peak
   except jax_errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -253,6 +265,9 @@ def _show(
   def size(key: str):
     return lambda r: f'{r[key] / 1e9:.2f} GB'
 
+  def share(key: str):
+    return lambda r: f'{r["peak_bytes"] / r[key]:.3f}'
+
   def row(label, text):
     table.add_row(label, *map(text, good))
 
@@ -268,6 +283,13 @@ def _show(
   row(
     '', lambda r: 'fits' if r['peak_bytes'] < r['memory_bytes'] else 'NO ROOM'
   )
+  for name, label in (
+    ('forward', 'of a forward pass alone'),
+    ('backprop', 'of backpropagation with AdamW'),
+  ):
+    if good and all(f'{name}_peak_bytes' in r for r in good):
+      row(f'peak {label}', size(f'{name}_peak_bytes'))
+      row("  this step's share of it", share(f'{name}_peak_bytes'))
   row('FLOPs that a step needs', lambda r: display.count(r['needed_flops']))
   row('FLOPs, loops counted once', lambda r: _count(r['compiler_flops']))
   for kind in hlo.KINDS:
@@ -310,6 +332,11 @@ def _parser() -> argparse.ArgumentParser:
     '--model',
     help='of a configs/ptq: the shape of the model, one of'
     f' {", ".join(MODELS)}',
+  )
+  parser.add_argument(
+    '--compare',
+    action='store_true',
+    help='also compile a forward pass and a step by backpropagation',
   )
   parser.add_argument(
     '--json', action='store_true', help='print the figures as JSON, in bytes'

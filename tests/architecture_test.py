@@ -31,7 +31,7 @@ LAYERS = (
 
 # All that a layer may import from outside the repository and Python's library.
 ALLOWED = {
-  'pallas_kernels': {'jax'},
+  'pallas_kernels': {'jax', 'numpy'},
   'qat.quant': {'jax', 'numpy'},  # Functions on arrays, for any library.
   'qat.zo': {'jax', 'numpy'},
   'configs': {'ml_collections'},
@@ -299,7 +299,7 @@ def texts() -> list[pathlib.Path]:
   folders = ('.ci', 'docs', *TREES)
   files = [p for f in folders for p in (ROOT / f).rglob('*') if p.is_file()]
   files += [p for p in ROOT.iterdir() if p.is_file()]
-  binary = {'.gz', '.npz', '.png', '.pyc', '.xz', '.zst'}
+  binary = {'.gz', '.npz', '.png', '.pyc', '.so', '.xz', '.zst'}
   return [p for p in files if p.suffix not in binary]
 
 

@@ -107,7 +107,8 @@ def test_the_real_step_is_compiled(monkeypatch, devices):
     'pquant', {'model.scan_layers': True, 'mesh.fsdp': devices}
   )
   with tiny.compiled_quickly():
-    found = compile_check.probe(config, targets.parse('v5e:2x2'))
+    alone = devices == 1
+    found = compile_check.probe(config, targets.parse('v5e:2x2'), compare=alone)
   json.dumps(found)
   assert found['error'] is None and found['devices'] == devices
   assert found['mesh'] == {'data': 1, 'fsdp': devices}
@@ -115,6 +116,8 @@ def test_the_real_step_is_compiled(monkeypatch, devices):
   assert found['argument_bytes'] > 0 and found['temporary_bytes'] > 0
   assert bool(found['collectives']) == (devices > 1)
   assert found['memory_bytes'] == 16 << 30
+  for name in ('forward', 'backprop'):
+    assert (found.get(f'{name}_peak_bytes', 0) > 0) == alone
 
 
 def test_a_config_that_the_devices_cannot_run_is_refused(monkeypatch):
@@ -163,6 +166,7 @@ def test_the_table_says_that_nothing_was_run(monkeypatch, capsys):
     'reused_bytes': 3.73e9,
     'temporary_bytes': 2e9,
     'peak_bytes': 142e9,
+    'forward_peak_bytes': 100e9,
     'needed_flops': 1.5e13,
     'compiler_flops': None,
     'collectives': {'all-reduce': {'count': 3, 'bytes': 5e6, 'unknown': 1}},
@@ -176,6 +180,7 @@ def test_the_table_says_that_nothing_was_run(monkeypatch, capsys):
   assert compile_check.main([CONFIG, '--target=h200']) == 0
   printed = capsys.readouterr().out
   assert 'Nothing was run' in printed
+  assert '1.420' in printed and 'backpropagation' not in printed
   for part in ('3.73 GB', 'NO ROOM', 'not told', '5.0 MB or more in 3'):
     assert part in printed
 

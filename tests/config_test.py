@@ -59,6 +59,10 @@ def test_every_config_is_sound_on_its_devices(method, size):
     (dict(model__bias='q'), "model.bias='q' none, qkv, all"),
     (dict(model__positions='learned'), 'model.max_positions=0 table'),
     (dict(model__max_positions=-1), 'model.max_positions=-1 not negative'),
+    (
+      dict(model__max_positions=99),
+      'data.seq_len=256 max_positions=99 shorter',
+    ),
     (dict(model__ffn='plain'), "norm='inside' ffn='plain' norm='pre'"),
     (dict(model__norm_type='layer'), "norm='inside' norm_type='layer'"),
     (dict(model__rope_scaling__kind='yarn'), "kind='yarn' none, llama3"),

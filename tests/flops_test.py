@@ -78,3 +78,10 @@ def test_the_measured_peak_is_a_plausible_speed(size):
   found = flops.measured_peak(size=size, seconds=0.05)
   assert np.isfinite(found)
   assert 1e7 < found < 1e15
+
+
+def test_estimators_count_their_passes():
+  forward = count(tiny.config('fp')) / 3
+  for estimator, passes in (('spsa', 2), ('forward', 3)):
+    fields = {'optim.estimator': estimator, 'zo.directions': 5}
+    assert count(tiny.config('fp', fields)) == 5 * passes * forward

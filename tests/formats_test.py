@@ -25,6 +25,11 @@ FORMATS = {
   'paretoq1': ('paretoq', {'weight': 'paretoq1'}),
   'paretoq_ternary': ('paretoq', {'weight': 'paretoq_ternary'}),
   'paretoq2': ('paretoq', {'weight': 'paretoq2'}),
+  'lwc2': ('integer', {'weight': 'lwc2', 'activation': 'none', **GROUP}),
+  'lwc3': ('integer', {'weight': 'lwc3', 'activation': 'int8_asym'}),
+  'lwc4': ('integer', {'weight': 'lwc4', 'activation': 'int4_asym', **GROUP}),
+  'lwc6': ('integer', {'weight': 'lwc6', 'activation': 'int6_asym'}),
+  'lwc8': ('integer', {'weight': 'lwc8'}),
   'int4': ('integer', {'weight': 'int4'}),
   'int3_asym': ('integer', {'weight': 'int3_asym', **GROUP}),
   'fp8': ('integer', {'weight': 'fp8', 'activation_granularity': 'tensor'}),
@@ -34,6 +39,8 @@ FORMATS = {
     {'activation': 'int4', 'activation_granularity': 'group', **GROUP},
   ),
 }
+# Those that are others with another number of bits.
+ALIKE = {'lwc3', 'lwc6', 'lwc8'}
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -63,7 +70,13 @@ def test_all_learned_formats_are_here():
   assert {*FORMATS} >= {*learned.QUANTIZERS}
 
 
-@pytest.mark.parametrize('name', FORMATS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else [])
+    for name in FORMATS
+  ],
+)
 def test_a_format_trains(name):
   method, spec = FORMATS[name]
   config = tiny.config(method, {**tiny.EXACT, **fields_of(method, spec)})

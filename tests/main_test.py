@@ -29,6 +29,10 @@ WRONG = {
   ),
   'devices': ([TINY, '--config.mesh.data=3'], ['mesh.data=3']),
   'argument': ([TINY, 'surplus'], ['surplus']),
+  'no such model': (
+    [TINY, '--config.init.model=runs/nope'],
+    ['config.init.model', 'runs/nope', 'scripts/import_model.py'],
+  ),
 }
 
 

@@ -160,7 +160,10 @@ def test_learned_scales_have_a_rate_of_their_own_and_no_decay():
       'q': {
         name: jnp.full((2, 2), 3.0) for name in ('kernel', 'learned_scale')
       },
-      'k': {name: jnp.full((2,), 3.0) for name in ('gain_in', 'gain_out')},
+      'k': {
+        name: jnp.full((2,), 3.0)
+        for name in ('gain_in', 'gain_out', 'clip_high', 'clip_low')
+      },
     }
   }
   grads = jax.tree.map(jnp.ones_like, params)
@@ -267,3 +270,24 @@ def test_the_chain_is_adamw():
     )
     w = w - rate * (adam + decay * w)
     np.testing.assert_allclose(params['kernel'], w, rtol=1e-5, atol=1e-6)
+
+
+def test_without_moments_the_chain_is_plain_descent():
+  config = section(
+    optimizer='sgd',
+    schedule='constant',
+    warmup_steps=0,
+    peak_lr=0.1,
+    weight_decay=0.3,
+    clip_norm=1.0,
+  )
+  optimizer = optim.make(config, 8)
+  params = {'kernel': jnp.array([3.0]), 'alpha': jnp.array(2.0)}
+  grads = {'kernel': jnp.array([6.0]), 'alpha': jnp.array(8.0)}
+  state = optimizer.init(params)
+  updates, state = optimizer.update(grads, state, params)
+  np.testing.assert_allclose(updates['kernel'], -0.1 * (0.6 + 0.3 * 3))
+  np.testing.assert_allclose(updates['alpha'], -0.1 * 0.8)
+  # Counts and rates alone: nothing of the size of a parameter.
+  assert all(leaf.shape == () for leaf in jax.tree.leaves(state))
+  assert state.hyperparams['learning_rate'] == np.float32(0.1)

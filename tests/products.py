@@ -7,6 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.quantized_train_matmul import cpu as scaled_matmul
 from qat.quant import dot
 from qat.quant import rules
 
@@ -18,6 +19,8 @@ METHODS = [
   dot.Method(True, 'float32', True),
   dot.Method(True, 'bfloat16', False),
 ]
+if scaled_matmul.runs_here():
+  METHODS.append(dot.Method(False, 'bfloat16', True, native=True))
 # Every weight and every activation quantizer, every granularity of both, codes
 # and dequantized values on each side and on both; groups are of 4 inputs.
 SPECS = [

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from qat.infer import load
 from qat.interop import folder
 from qat.ptq import apply
 from qat.quant import composed
+from qat.quant import rules as rules_lib
 from scripts import quantize
 from tests import clean
 from tests import tiny
@@ -135,6 +137,36 @@ def test_a_method_without_data_needs_none(model, tmp_path, capsys):
   assert 'report.html' in printed.err
   made = json.loads((tmp_path / 'out' / 'report.json').read_text())
   assert made['calibration'] is None and not made['evaluation']
+
+
+def test_a_latent_model_is_the_same_one(model, data, tmp_path):
+  more = [
+    *('--dataset', str(data), '--no-eval', '--config.method.epochs=1'),
+    *('--config.method.let=True', '--config.activation=int4_asym'),
+  ]
+  latent, final = tmp_path / 'latent', tmp_path / 'final'
+  assert call(model, latent, 'omniquant', *more, '--config.latent=True') == 0
+  assert call(model, final, 'omniquant', *more) == 0
+  loaded, same = (load.load_model(out, None) for out in (latent, final))
+  grids = jax.jit(rules_lib.quantize_kernels, static_argnums=1)(
+    loaded.params, loaded.model.rules
+  )
+  kernels = rules_lib.kernels(same.params)
+  for path, found in grids.items():
+    jax.tree.map(np.testing.assert_array_equal, found, kernels[path])
+  tokens = clean.examples().tokens_ST
+  np.testing.assert_allclose(
+    clean.logits(loaded.config, loaded.params, tokens),
+    clean.logits(same.config, same.params, tokens),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  # The report tells what the grids would take in a file.
+  bits = [
+    json.loads((out / 'report.json').read_text())['totals']['bits_per_weight']
+    for out in (latent, final)
+  ]
+  assert bits[0] == bits[1] < 5
 
 
 def test_prompts_can_be_calibrated_on(model, tmp_path):

@@ -179,3 +179,47 @@ def test_a_choice_has_the_characters_behind_its_space():
   assert tasks.characters(' Élan ') == 5
   assert tasks.characters('A') == 1
   assert tasks.characters(' ') == 1
+
+
+def questions(n):
+  return [r for d in range(n) for r in question(d, d % 3)]
+
+
+def places(task, part):
+  return [task.documents.index(d) for d in part.documents]
+
+
+def test_parts_share_no_document(tmp_path):
+  rows = [
+    row(d, i, d % 2, f' {d} {i}', f'{d}?') for d in range(50) for i in (0, 1)
+  ]
+  task = tasks.read(write(tmp_path / 'rc', rows))
+  parts = tasks.split(task, dict(train=20, dev=10, test=15), 0)
+  found = {name: places(task, part) for name, part in parts.items()}
+  assert {k: len(v) for k, v in found.items()} == dict(
+    train=20, dev=10, test=15
+  )
+  assert len({i for part in found.values() for i in part}) == 45
+  assert parts['dev'].name == task.name and parts['dev'].variant == 'rc'
+  # More documents to train on leave the others as they are; a seed does not.
+  more = tasks.split(task, dict(train=25, dev=10, test=15), 0)
+  assert more['dev'] == parts['dev'] and more['test'] == parts['test']
+  assert {*found['train']} < {*places(task, more['train'])}
+  other = tasks.split(task, dict(train=20, dev=10, test=15), 1)
+  assert other['test'] != parts['test']
+  # The same for ever: whoever evaluates must have these documents.
+  assert found['test'][:4] == [5, 9, 10, 11]
+
+
+def test_a_task_with_too_few_documents_is_told(tmp_path):
+  task = tasks.read(write(tmp_path / 'rc', questions(9)))
+  with pytest.raises(ValueError, match='has 9 documents, fewer.* = 10') as text:
+    tasks.split(task, dict(train=5, dev=3, test=2), 0)
+  assert 'config.data.task_train' in str(text.value)
+
+
+def test_the_right_request_of_a_document(tmp_path):
+  task = tasks.read(write(tmp_path, ROWS))
+  assert [d.right for d in task.documents] == [2, 0, 1]
+  words = tasks.read(write(tmp_path, [row(0, 0, ['signs'], ' signs')]))
+  assert words.documents[0].right == 0

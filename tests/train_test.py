@@ -42,10 +42,10 @@ def one_program_per_config():
   programs = {}
   original = step_lib.compile_program
 
-  def cached(config, mesh):
+  def cached(config, mesh, described):
     key = config_lib.to_json(config)
     if key not in programs:
-      programs[key] = original(config, mesh)
+      programs[key] = original(config, mesh, described)
     return programs[key]
 
   with pytest.MonkeyPatch.context() as patch:

@@ -191,12 +191,16 @@ def test_nothing_is_quantized_twice():
 
 
 def test_a_quantized_run_begins_a_text_as_the_run_does(tokenizer):
-  def begins(source):
-    loaded = load.Loaded(*(None,) * 4, tokenizer, 7, 8, None, source=source)
+  def begins(source, begin='end'):
+    config = tiny.config('fp', {'data.begin': begin})
+    loaded = load.Loaded(
+      config, None, None, None, tokenizer, 7, 8, None, source=source
+    )
     return windows.start(loaded)
 
   run = {'format': 'run'}
   assert begins(run) == [7]
+  assert begins(run, 'tokenizer') == []
   assert begins({'format': 'quantized', 'model': run}) == [7]
   assert begins({'format': 'gguf'}) == []
   assert begins({'format': 'quantized', 'model': {'format': 'gguf'}}) == []

@@ -29,7 +29,7 @@ def options(bits: int, mse: bool) -> ConfigDict:
   """
   return ConfigDict(
     dict(
-      bits=bits,  # Of a code: 2, 3, 4 or 8.
+      bits=bits,  # Of a code: 2, 3, 4, 6 or 8.
       group_size=0,  # Inputs that share a scale; 0: all of an output.
       symmetric=False,  # No zero point.
       mse=mse,  # Shares 1, 0.99, ..., 0.21 of the range; error |.|^2.4.

@@ -29,7 +29,7 @@ def options(bits: int, granularity: str, symmetric: bool) -> ConfigDict:
   """
   return ConfigDict(
     dict(
-      bits=bits,  # Of a code: 2, 3, 4 or 8.
+      bits=bits,  # Of a code: 2, 3, 4, 6 or 8.
       granularity=granularity,  # 'tensor', 'channel' (output) or 'group'.
       group_size=128,  # Of 'group': inputs of an output that share a scale.
       symmetric=symmetric,  # No zero point.

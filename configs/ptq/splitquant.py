@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   config = common.base('splitquant')
   config.method = ConfigDict(
     dict(
-      bits=4,  # Of a code: 2, 3, 4 or 8.
+      bits=4,  # Of a code: 2, 3, 4, 6 or 8.
       # What shares a scale in each of the three layers: 'tensor', a
       # reconstruction, for the paper does not say, or 'channel'.
       granularity='tensor',

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   config = common.base('spqr')
   config.method = ConfigDict(
     dict(
-      bits=3,  # Of a code: 2, 3, 4 or 8.
+      bits=3,  # Of a code: 2, 3, 4, 6 or 8.
       group_size=16,  # Inputs that share a scale; 0: all of an output.
       scale_bits=3,  # Of a scale's code; 0: scales are float16.
       zero_bits=3,  # Of a zero point's code; 0: integers of `bits`.

@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from qat.data import dataset as dataset_lib
+from qat.data import position
 from qat.data import shards
 
 Batch = dict[str, np.ndarray]
@@ -65,7 +66,9 @@ class TrainLoader:
       FileNotFoundError: no data set is there.
       ValueError: the arguments do not fit the data or one another.
     """
-    rows = _rows(batch_size, seq_len, process_index, process_count)
+    rows = position.local_rows(
+      batch_size, seq_len, process_index, process_count
+    )
     if workers < 0 or threads < 0:
       raise ValueError(f'workers {workers} or threads {threads} is negative.')
     opened = dataset_lib.open_dataset(dataset)
@@ -147,26 +150,7 @@ class TrainLoader:
     Raises:
       ValueError: if it belongs to other data; lists what differs.
     """
-    try:
-      next_batch, saved = state['next_batch'], state['fingerprint']
-      names = sorted({*saved, *self.fingerprint})
-      changed = [
-        f'  {name}: {saved.get(name)!r} saved, {self.fingerprint.get(name)!r}'
-        ' now'
-        for name in names
-        if saved.get(name) != self.fingerprint.get(name)
-      ]
-    except (KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f'Not a position in data: {state!r}') from error
-    if changed:
-      raise ValueError(
-        'The saved position is in other data, so that the run would see some'
-        ' text twice and some never:\n'
-        + '\n'.join(changed)
-        + '\nGo on with the saved values, or begin a new run.'
-      )
-    if type(next_batch) is not int or next_batch < 0:
-      raise ValueError(f'next_batch {next_batch!r} is not a whole number.')
+    next_batch = position.read(state, self.fingerprint)
     self._end('')
     self._next_batch = next_batch
 
@@ -256,7 +240,7 @@ def eval_batches(
     FileNotFoundError: no data set is there.
     ValueError: the arguments do not fit one another.
   """
-  rows = _rows(batch_size, seq_len, process_index, process_count)
+  rows = position.local_rows(batch_size, seq_len, process_index, process_count)
   if batches < 0:
     raise ValueError(f'batches {batches} is negative; 0 means all.')
   opened = dataset_lib.open_dataset(dataset)
@@ -321,23 +305,3 @@ def _begin_worker(index: int, count: int) -> None:
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()
-
-
-def _rows(
-  batch_size: int, seq_len: int, process_index: int, process_count: int
-) -> int:
-  """The rows of a global batch that one process has."""
-  if batch_size < 1 or seq_len < 1:
-    raise ValueError(
-      f'batch_size {batch_size} or seq_len {seq_len} is not positive.'
-    )
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-      f'process_index {process_index} is not in [0, {process_count}).'
-    )
-  if batch_size % process_count:
-    raise ValueError(
-      f'A batch of {batch_size} sequences cannot be shared by'
-      f' {process_count} processes; choose a multiple of {process_count}.'
-    )
-  return batch_size // process_count

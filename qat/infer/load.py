@@ -7,6 +7,7 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
+from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,7 +15,9 @@ from ml_collections import ConfigDict
 import numpy as np
 import tokenizers
 
+from qat import carried
 from qat import config as config_lib
+from qat import estimators
 from qat import manifest as manifest_lib
 from qat import restore
 from qat import sharding
@@ -151,7 +154,7 @@ def _loaded(
 
 def _built(config: ConfigDict) -> tuple[Mesh, transformer.Transformer, Any]:
   """The mesh of one device, the model, and its parameters' shapes."""
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
   model = transformer.build(config, jax.default_backend(), mesh.size)
   return mesh, model, transformer.abstract_params(model)
 
@@ -209,9 +212,13 @@ def load_run(workdir: pathlib.Path) -> Run:
   config = config_lib.load(workdir).unlock()
   config.mesh.data = config.mesh.fsdp = 1
   config.lock()
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
   model = transformer.build(config, jax.default_backend(), mesh.size)
-  shapes = transformer.abstract_params(model)
+  checkpoints = workdir / 'checkpoints'
+  shapes = carried.with_shapes(
+    transformer.abstract_params(model), carried.saved(checkpoints)
+  )
+  shapes = jax.eval_shape(lambda p: estimators.stored(config, p), shapes)
   shardings = sharding.state_shardings(mesh, shapes, shapes)
   abstract = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
@@ -221,7 +228,7 @@ def load_run(workdir: pathlib.Path) -> Run:
     shardings,
   )
   restored = restore.newest(
-    workdir / 'checkpoints',
+    checkpoints,
     {'params': abstract},
     partial=True,
     quarantine=False,
@@ -241,7 +248,14 @@ def load_run(workdir: pathlib.Path) -> Run:
       f' digest is {dataset.digest[:16]}..., that one had'
       f' {trained_on[:16]}.... Put back the one that was there.'
     )
-  model, params = transformer.unscanned(model, restored.state['params'])
+  params = jax.tree.map(
+    lambda leaf: (
+      leaf if composed.is_quantized(leaf) else leaf.astype(jnp.float32)
+    ),
+    restored.state['params'],
+    is_leaf=composed.is_quantized,
+  )
+  model, params = transformer.unscanned(model, params)
   with config.unlocked():
     config.model.scan_layers = False
   return Run(config, mesh, model, params, dataset, restored.step)
@@ -261,10 +275,16 @@ def open_dataset(config: ConfigDict) -> dataset_lib.Dataset:
         config.data.cache_dir, config.model.vocab_size
       )
     except ValueError as error:
-      raise config_lib.ConfigError(
+      text = (
         f'config.model.vocab_size={config.model.vocab_size},'
         f' config.data.cache_dir={config.data.cache_dir!r}: {error}'
-      ) from error
+      )
+      if config.init.model:
+        text += (
+          f' The vocabulary is that of config.init.model={config.init.model!r};'
+          ' give data with its tokenizer as config.data.dataset.'
+        )
+      raise config_lib.ConfigError(text) from error
   dataset = dataset_lib.open_dataset(path)
   config_lib.check_tokenizer(config, dataset.vocab_size, str(path))
   return dataset

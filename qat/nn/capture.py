@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from qat.nn import stacked
 from qat.nn import transformer
+from qat.quant import composed
 from qat.quant import rules as rules_lib
 
 
@@ -43,7 +44,8 @@ def linear_records(
   """Yields a record for every quantized linear layer, in the tree's order.
 
   The inputs of all layers are computed in one forward pass and held together,
-  in the model's dtype.
+  in the model's dtype. A matrix that was quantized after training has no latent
+  weights, and no record.
 
   Args:
     model: the model.
@@ -62,6 +64,8 @@ def linear_records(
     if spec.weight == 'none' and not full_precision:
       continue
     kernel, quantized = layer['kernel'], None
+    if composed.is_quantized(kernel):
+      continue
     if spec.weight != 'none':
       quantized = _fake_quantize(spec, layer)
     x_MK = _rows(inputs[f'{path}/x'])

@@ -16,6 +16,7 @@ from jax import numpy as jnp
 from ml_collections import ConfigDict
 
 from qat.nn import stacked
+from qat.quant import composed
 from qat.quant import rules as rules_lib
 
 
@@ -63,7 +64,9 @@ def loss(
       x = _norm(x, parameters, c.norm_eps)
     if spec.activation != 'none':
       x = _pass_through(x, spec.quantize_input(x).dequantize())
-    if spec.weight != 'none':
+    if composed.is_quantized(w_KN):
+      w_KN = w_KN.dequantize()
+    elif spec.weight != 'none':
       w_KN = _pass_through(w_KN, spec.quantize(parameters).dequantize())
     return x @ w_KN
 

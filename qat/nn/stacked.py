@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
+from qat.quant import composed
 from qat.quant import rules as rules_lib
 
 BLOCKS = 'blocks'  # The subtree of a scanned model.
@@ -42,6 +44,50 @@ def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
     for i in range(max(layers, default=0)):
       flat[f'block_{i}'] = _layer(branch, i)
   return flat
+
+
+def stacked(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Inverts `unstacked`, on the host; a tree without 'block_0' as it is.
+
+  Args:
+    tree: parameters by layer; quantized matrices may be among them.
+
+  Returns:
+    'blocks', of NumPy arrays, in the place of 'block_0', ...
+
+  Raises:
+    ValueError: two layers differ in what they have, or in a shape.
+  """
+  names = [name for name in tree if re.fullmatch(r'block_\d+', name)]
+  names.sort(key=lambda name: int(name.removeprefix('block_')))
+  made = {name: branch for name, branch in tree.items() if name not in names}
+  if not names:
+    return made
+  first, *others = (_kinds(tree[name]) for name in names)
+  for name, kinds in zip(names[1:], others, strict=True):
+    for path in first | kinds:
+      if first.get(path) != kinds.get(path):
+        raise ValueError(
+          f'{names[0]}{path} and {name}{path} are not of one form:'
+          f' {first.get(path)} and {kinds.get(path)}.'
+        )
+  return made | {
+    BLOCKS: jax.tree.map(lambda *a: np.stack(a), *(tree[n] for n in names))
+  }
+
+
+def _kinds(tree: Any) -> dict[str, str]:
+  """By path what a leaf must have in common with that of another layer."""
+  pairs = jax.tree_util.tree_flatten_with_path(
+    tree, is_leaf=composed.is_quantized
+  )[0]
+  return {
+    jax.tree_util.keystr(keys): ', '.join(
+      [f'{leaf.dtype}{list(leaf.shape)}' for leaf in jax.tree.leaves(leaf)]
+      + ([str(jax.tree.structure(leaf))] if composed.is_quantized(leaf) else [])
+    )
+    for keys, leaf in pairs
+  }
 
 
 def _layer(tree: Any, i: int) -> Any:

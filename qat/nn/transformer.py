@@ -1,6 +1,8 @@
 """The decoder-only language model, and how a config becomes one."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from qat.nn import ffn
 from qat.nn import layers
 from qat.nn import remat
 from qat.nn import stacked
+from qat.quant import choice
 from qat.quant import dot
 from qat.quant import rules as rules_lib
 
@@ -65,6 +68,8 @@ class Transformer(nn.Module):
   config: FrozenConfigDict  # The model section of the config.
   rules: rules_lib.Rules
   method: dot.Method
+  # What makes a block's parameters of what stands in the tree; see `reading`.
+  read: Callable[[Any], Any] | None = None
 
   def setup(self):
     c = self.config
@@ -74,10 +79,15 @@ class Transformer(nn.Module):
       embedding_init=nn.initializers.normal(c.init_std),
     )
     block = Block
+    if self.read is not None:
+      # Inside the loop: a turn reads its own layer.
+      block = nn.map_variables(
+        Block, 'params', trans_in_fn=self.read, mutable=True, init=False
+      )
     if c.remat != 'none':
       # In a scan nothing can be merged across iterations.
       block = nn.remat(
-        Block, prevent_cse=not c.scan_layers, policy=remat.POLICIES[c.remat]
+        block, prevent_cse=not c.scan_layers, policy=remat.POLICIES[c.remat]
       )
     parts = (c, self.rules, self.method)
     if c.scan_layers:
@@ -192,17 +202,50 @@ def build(config: ConfigDict, platform: str, devices: int) -> Transformer:
   model.attention = attention.choose_form(
     model.attention, platform, devices, model.dot_dtype
   )
-  method = dot.choose_method(
-    model.quantized_dot, model.dot_dtype, platform, config.mesh.fsdp != 1
+  method = choice.choose_method(
+    *(model.quantized_dot, model.dot_dtype, platform),
+    split_parameters=config.mesh.fsdp != 1,
+    devices=devices,
   )
   rules = rules_lib.make_rules(config.quant.rules, config.quant.specs)
   return Transformer(FrozenConfigDict(model), rules, method)
 
 
+def reading(model: Transformer, read: Callable[[Any], Any]) -> Transformer:
+  """The model for a tree whose leaves are to be read, for forward passes alone.
+
+  Args:
+    model: any.
+    read: from a tree to its parameters. A model that scans over its layers
+      calls it in each turn for that layer, and so never has the parameters of
+      all at once; what stands outside of the blocks `variables` reads.
+  """
+  config = ConfigDict(model.config.to_dict())
+  config.remat = 'none'  # Nothing is kept, without a backward pass.
+  return model.clone(config=FrozenConfigDict(config), read=read)
+
+
+def variables(model: Transformer, params: Any) -> dict[str, Any]:
+  """What `model.apply` takes for a parameter tree."""
+  if model.read is None:
+    return {'params': params}
+  return {
+    'params': {
+      name: branch
+      if re.fullmatch(rf'{stacked.BLOCKS}|block_\d+', name)
+      else model.read(branch)
+      for name, branch in params.items()
+    }
+  }
+
+
 def abstract_params(model: Transformer) -> dict:
   """Shapes and dtypes of the parameters; allocates nothing."""
-  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+
+  def init():  # The key too, for a mesh of devices that are not there.
+    return model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+
+  return jax.eval_shape(init)['params']
 
 
 def unscanned(model: Transformer, params: Any) -> tuple[Transformer, Any]:

@@ -7,7 +7,8 @@ A config of `configs/ptq` names an algorithm, and the steps follow from it:
 2. tacq: a copy quantized by GPTQ, gradients of the clean model, and from both
    the weights to keep.
 3. omniquant: grids and transformations of all blocks, trained block by block;
-   the transformations are folded.
+   the transformations are folded. The result may keep its matrices in float
+   beside what their grids follow from (`config.latent`), to be trained on.
 4. all: block by block, group by group of layers that read one input, a matrix
    is quantized on the inputs that the part of the model that is quantized
    already gives it; rtn, splitquant and omniquant need no inputs.
@@ -77,10 +78,12 @@ class Result:
   """A quantized model.
 
   Attributes:
-    config: of the model, with rules that say how inputs are quantized.
+    config: of the model, with rules that say how inputs are quantized; and
+      weights, where these are latent.
     leaves: a function that yields the parameters by path, in the order of the
       tree, 'block_0/attn/q/kernel'; that of a quantized layer is a
-      `composed.Quantized` of NumPy arrays, read from the store.
+      `composed.Quantized` of NumPy arrays, read from the store; or, if it is
+      latent, a float array, and what its grid follows from is beside it.
     records: one for each quantized matrix, in the order of the tree.
     seconds: step -> how long it took in this process.
     notes: step -> what a method tells about it, JSON-able.
@@ -137,7 +140,7 @@ def quantize(
   records = timed(
     'quantization', lambda: _walk(job, 'quantized', job.plan.core, keep)
   )
-  return Result(job.plan.config, lambda: _leaves(job), records, seconds, notes)
+  return Result(job.plan.result, lambda: _leaves(job), records, seconds, notes)
 
 
 def _walk(
@@ -248,10 +251,12 @@ def _leaves(job: job_lib.Job) -> Iterator[tuple[str, Any]]:
   """The parameters of the quantized model by path."""
   for top, branch in job.params.items():
     kernels = {}
-    if top in job.plan.layers:
+    if top in job.plan.layers and not job.plan.latent:
       kernels, _ = job.store.load_packed(f'quantized-{top}')
     if (job.scales or job.learned) and top in job.blocks:
       branch = jax.device_get(job.block(top))
+    if job.plan.latent and top in job.blocks:
+      branch = omniquant_train.with_clips(branch, job.learned.load(top))
     for keys, leaf in jax.tree_util.tree_leaves_with_path({top: branch}):
       path = '/'.join(key.key for key in keys)
       layer, _, last = path.rpartition('/')

@@ -19,10 +19,10 @@ import math
 import jax
 from jax import numpy as jnp
 
-from qat.ptq import grid
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
 from qat.quant import blocks
+from qat.quant import grid
 from qat.quant import qtensor
 
 
@@ -31,7 +31,7 @@ class Options:
   """The fields of `config.method`.
 
   Attributes:
-    bits: of a code: 2, 3, 4 or 8.
+    bits: of a code: 2, 3, 4, 6 or 8.
     group_size: inputs that share a scale; 0: all of an output.
     symmetric: whether there is no zero point.
     mse: whether to search for a smaller range; see `grid.fit`.

@@ -1,15 +1,8 @@
 """OmniQuant (2308.13137): a grid's ends are learned, weights are not.
 
-Learnable weight clipping: the range of the weights that share a grid shrinks to
-the shares sigmoid(u) and sigmoid(l) of its ends,
-
-  most = sigmoid(u) max(w, 0)    least = sigmoid(l) min(w, 0)
-  s    = (most - least) / (2^bits - 1)        z = round(-least / s)
-  c    = clip(round(w / s) + z, 0, 2^bits - 1)      w' = (c - z) s
-
-and u and l are trained so that a block of the model gives what it gave before.
-Rounding has the gradient 1, z has none, and what is clipped has none but that
-of s. Codes here lie in two's complement, 2^(bits - 1) lower.
+Learnable weight clipping (`qat.quant.clipped`): a grid covers shares of the
+range of the weights, sigmoid(u) and sigmoid(l) of its ends, and u and l are
+trained so that a block of the model gives what it gave before.
 
 Beside it the paper trains equivalent transformations, which change no output
 before quantization (`omniquant_transforms`); `omniquant_train` is the training.
@@ -20,15 +13,12 @@ import dataclasses
 import functools
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 
-from qat.ptq import grid
 from qat.quant import blocks
+from qat.quant import clipped
+from qat.quant import grid
 from qat.quant import qtensor
-
-# u and l of a matrix: float32 `[G, 1, N]` each.
-Clip = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Options:
   """The fields of `config.method`, named as in the released code.
 
   Attributes:
-    bits: of a code: 2, 3, 4 or 8.
+    bits: of a code: 2, 3, 4, 6 or 8.
     group_size: inputs of an output that share a grid; 0: all.
     symmetric: whether there is no zero point.
     lwc_init: u and l at the start; where sigmoid is 1 it is round to nearest.
@@ -109,13 +99,15 @@ def start(
   return {f'{name}/high': first, f'{name}/low': first}
 
 
-def clip(learned: Mapping[str, jax.Array], name: str) -> Clip:
+def clip(learned: Mapping[str, jax.Array], name: str) -> clipped.Clip:
   """u and l of the layer `name` among all that a block has learned."""
   return learned[f'{name}/high'], learned[f'{name}/low']
 
 
 @functools.partial(jax.jit, static_argnames='options')
-def quantize(w_KN: jax.Array, clip: Clip, options: Options) -> qtensor.QTensor:
+def quantize(
+  w_KN: jax.Array, clip: clipped.Clip, options: Options
+) -> qtensor.QTensor:
   """Weights rounded to the grids of clipped ranges.
 
   Raises:
@@ -123,55 +115,17 @@ def quantize(w_KN: jax.Array, clip: Clip, options: Options) -> qtensor.QTensor:
   """
   check(options, w_KN.shape)
   w_GIN = _split(w_KN, options)
-  found, _ = _grid(w_GIN, clip, options)
-  merged = grid.Grid(
-    blocks.merge(found.scale), blocks.merge(found.zero), found.bits
-  )
-  codes_KN = blocks.merge(found.encode(w_GIN))
-  return grid.tensor(codes_KN, merged, options.symmetric)
+  return clipped.quantize(w_GIN, clip, options.bits, options.symmetric)
 
 
-def fake_quantize(w_KN: jax.Array, clip: Clip, options: Options) -> jax.Array:
+def fake_quantize(
+  w_KN: jax.Array, clip: clipped.Clip, options: Options
+) -> jax.Array:
   """The values of `quantize`, with gradients for weights, u and l."""
   w_GIN = _split(w_KN, options)
-  found, scale = _grid(w_GIN, clip, options)
-  scale = _with_gradient(found.scale, scale)
-  low, high = grid.limits(options.bits)
-  steps_GIN = w_GIN / scale
-  codes_GIN = lax.stop_gradient(jnp.round(w_GIN / found.scale) + found.zero)
-  inside_GIN = (codes_GIN >= low) & (codes_GIN <= high)
-  off_GIN = jnp.where(
-    inside_GIN,
-    _with_gradient(codes_GIN - found.zero, steps_GIN),
-    jnp.clip(codes_GIN, low, high) - found.zero,
-  )
-  return blocks.merge(off_GIN * scale)
+  return clipped.fake_quantize(w_GIN, clip, options.bits, options.symmetric)
 
 
 def _split(w_KN: jax.Array, options: Options) -> jax.Array:
   by = 'group' if options.group_size else 'channel'
   return blocks.split(w_KN.astype(jnp.float32), by, options.group_size)[0]
-
-
-def _grid(
-  w_GIN: jax.Array, clip: Clip, options: Options
-) -> tuple[grid.Grid, jax.Array]:
-  """The grid, without gradients, and its scale before rounding, with them."""
-  least, most = grid.extent(w_GIN, symmetric=False)
-  most = jax.nn.sigmoid(clip[0]) * most
-  least = jax.nn.sigmoid(clip[1]) * least
-  if options.symmetric:
-    most = jnp.maximum(most, -least)
-    least = -most
-  found = grid.spanning(
-    lax.stop_gradient(least),
-    lax.stop_gradient(most),
-    options.bits,
-    options.symmetric,
-  )
-  return found, (most - least) / (2**options.bits - 1)
-
-
-def _with_gradient(value: jax.Array, like: jax.Array) -> jax.Array:
-  """A value with the gradient of another, up to the last bit."""
-  return like + lax.stop_gradient(value - like)

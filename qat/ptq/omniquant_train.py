@@ -21,6 +21,7 @@ from qat.ptq import calibrate
 from qat.ptq import job as job_lib
 from qat.ptq import omniquant
 from qat.ptq import omniquant_transforms as transforms
+from qat.quant import blocks
 
 _ADAM = optax.scale_by_adam()  # AdamW's moments; the decay is 0.
 
@@ -43,19 +44,20 @@ class Setup:
     """The parameters of a block with what it learned folded in, in float."""
     return transforms.fold(params, learned, self.readers, self.heads)
 
-  def layers(self, learned: Mapping) -> tuple[str, ...]:
-    """The layers of a block that are quantized."""
-    ends = sorted(name for name in learned if name.endswith('/high'))
-    return tuple(name.removesuffix('/high') for name in ends)
-
   def fake_quantized(self, params: Mapping, learned: Mapping) -> dict[str, Any]:
     """The transformed parameters with rounded matrices, differentiable."""
     params = self.fold(params, learned)
-    for name in self.layers(learned):
+    for name in _layers(learned):
       w_KN, clip = calibrate.kernel(params, name), omniquant.clip(learned, name)
       rounded_KN = omniquant.fake_quantize(w_KN, clip, self.options)
       params = calibrate.with_kernel(params, name, rounded_KN)
     return params
+
+
+def _layers(learned: Mapping) -> tuple[str, ...]:
+  """The layers of a block that are quantized."""
+  ends = sorted(name for name in learned if name.endswith('/high'))
+  return tuple(name.removesuffix('/high') for name in ends)
 
 
 def learn(job: job_lib.Job) -> dict[str, list[float]]:
@@ -115,10 +117,26 @@ def quantized(
 ) -> dict[str, Any]:
   """A block's parameters with the values of its quantized matrices."""
   params = setup.fold(params, learned)
-  for name in setup.layers(learned):
+  for name in _layers(learned):
     w_KN, clip = calibrate.kernel(params, name), omniquant.clip(learned, name)
     leaf = omniquant.quantize(w_KN, clip, setup.options)
     params = calibrate.with_kernel(params, name, leaf.dequantize())
+  return params
+
+
+def with_clips(params: Mapping, learned: Mapping) -> dict[str, Any]:
+  """A block's parameters in the formats 'lwc2', ... of `quant.learned`.
+
+  Args:
+    params: of the block, in float, with its transformations folded in.
+    learned: what the block has learned; nothing if it is not quantized.
+  """
+  params = dict(params)
+  for name in _layers(learned):
+    part, layer = name.split('/')
+    high, low = map(blocks.merge, omniquant.clip(learned, name))
+    clipped = {**params[part][layer], 'clip_high': high, 'clip_low': low}
+    params[part] = {**params[part], layer: clipped}
   return params
 
 

@@ -34,6 +34,9 @@ class Plan:
 
   Attributes:
     config: the model's, with rules that quantize the inputs as asked.
+    result: of the quantized model; the same unless it is `latent`.
+    latent: whether the result keeps its matrices in float, with what their
+      grids follow from beside them, to be trained on.
     groups: linear layers of a block that read one input.
     layers: block -> its layers that are quantized, 'block_0' -> ('attn/q', ..).
     core: gives the codes of a matrix.
@@ -47,6 +50,8 @@ class Plan:
   """
 
   config: ConfigDict
+  result: ConfigDict
+  latent: bool
   groups: tuple[calibrate.Group, ...]
   layers: dict[str, tuple[str, ...]]
   core: cores.Core
@@ -123,6 +128,12 @@ def make(
         f'config.method.let=True with config.model.norm={config.model.norm!r}:'
         " scales can be moved past the norms of 'pre' alone; set let=False."
       )
+  latent = ptq.algorithm in cores.LEARNED and ptq.latent
+  if latent and options.symmetric:
+    raise ValueError(
+      'config.latent=True with config.method.symmetric=True: the formats that'
+      ' train such grids on have a zero point; set symmetric=False.'
+    )
   if ptq.algorithm in SCALES:
     SCALES[ptq.algorithm].check(options)
   core_options = options
@@ -133,23 +144,27 @@ def make(
   corrupt = None
   if ptq.algorithm in KEEPS:
     corrupt = cores.make('gptq', _options('gptq', ptq.corrupt, 'corrupt'))
-  found = Plan(
-    config=_with_inputs(config, params, layers, ptq),
+  core = cores.make(ptq.quantizer, core_options)
+  kernels = rules_lib.kernels(params)
+  for one in (core, *([corrupt] if corrupt else [])):
+    for block, names in layers.items():
+      for path in (f'{block}/{name}' for name in names):
+        cores.check_shape(one, path, kernels[path].shape)
+  quantized = _with_inputs(config, params, layers, ptq)
+  result = _with_formats(config, params, layers, ptq) if latent else quantized
+  return Plan(
+    config=quantized,
+    result=result,
+    latent=latent,
     groups=groups,
     layers=layers,
-    core=cores.make(ptq.quantizer, core_options),
+    core=core,
     statistics=ptq.quantizer in cores.CALIBRATED or ptq.output_errors,
     epochs=options.epochs if ptq.algorithm in cores.LEARNED else None,
     scales=_scales(ptq.algorithm, options),
     corrupt=corrupt,
     options=options,
   )
-  kernels = rules_lib.kernels(params)
-  for core in (found.core, *([corrupt] if corrupt else [])):
-    for block, names in layers.items():
-      for path in (f'{block}/{name}' for name in names):
-        cores.check_shape(core, path, kernels[path].shape)
-  return found
 
 
 def check_examples(
@@ -266,14 +281,50 @@ def _with_inputs(
       f'config.activation={ptq.activation!r}; choose none or one of'
       f' {", ".join(activations.QUANTIZERS)}.'
     )
-  changed = config.copy_and_resolve_references().unlock()
-  name = f'inputs_{ptq.activation}'
   spec = rules_lib.Spec('none', ptq.activation, 'tensor')
+  name = f'inputs_{ptq.activation}'
+  return _with_rule(config, params, layers, (ptq.layers, name, spec))
+
+
+def _with_formats(
+  config: ConfigDict,
+  params: Mapping[str, Any],
+  layers: Mapping[str, tuple[str, ...]],
+  ptq: ConfigDict,
+) -> ConfigDict:
+  """The model's config with the chosen layers in formats that train on."""
+  bits, size = ptq.method.bits, ptq.method.group_size
+  spec = rules_lib.Spec(f'lwc{bits}', ptq.activation, 'channel')
+  name = spec.weight
+  if size:
+    spec = dataclasses.replace(spec, granularity='group', group_size=size)
+    name += f'_{size}'
+  if ptq.activation != 'none':
+    name += f'_{ptq.activation}'
+  return _with_rule(config, params, layers, (ptq.layers, name, spec))
+
+
+def _with_rule(
+  config: ConfigDict,
+  params: Mapping[str, Any],
+  layers: Mapping[str, tuple[str, ...]],
+  rule: tuple[str, str, rules_lib.Spec],
+) -> ConfigDict:
+  """The model's config with a rule of the chosen layers before the others.
+
+  Args:
+    config: of the model.
+    params: its parameters, or their shapes.
+    layers: the chosen ones, by block.
+    rule: the regex that chose them, and the name of a spec and the spec.
+  """
+  pattern, name, spec = rule
+  changed = config.copy_and_resolve_references().unlock()
   changed.quant.specs[name] = ConfigDict(dataclasses.asdict(spec))
   chosen = {f'{block}/{name}' for block in layers for name in layers[block]}
   rules = rules_lib.make_rules(config.quant.rules, config.quant.specs)
   # A rule that decides about no layer is an error.
   used = {rules.index(p) for p in rules_lib.kernels(params) if p not in chosen}
   others = [config.quant.rules[i] for i in sorted(used)]
-  changed.quant.rules = ((ptq.layers, name), *others)
+  changed.quant.rules = ((pattern, name), *others)
   return changed.lock()

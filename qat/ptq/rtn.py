@@ -6,8 +6,8 @@ import functools
 import jax
 from jax import numpy as jnp
 
-from qat.ptq import grid
 from qat.quant import blocks
+from qat.quant import grid
 from qat.quant import qtensor
 
 
@@ -16,7 +16,7 @@ class Options:
   """The fields of `config.method`.
 
   Attributes:
-    bits: of a code: 2, 3, 4 or 8.
+    bits: of a code: 2, 3, 4, 6 or 8.
     granularity: which weights share a scale, a key of `blocks.AXES`: 'tensor',
       'channel' (an output's) or 'group'.
     group_size: of 'group': inputs of an output that share a scale.

@@ -21,11 +21,11 @@ import functools
 import jax
 from jax import numpy as jnp
 
-from qat.ptq import grid
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
 from qat.quant import composed
 from qat.quant import float16
+from qat.quant import grid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from qat.ptq import clusters
-from qat.ptq import grid
 from qat.quant import composed
 from qat.quant import float16
+from qat.quant import grid
 from qat.quant import qtensor
 
 CLUSTERS = 3
@@ -38,7 +38,7 @@ class Options:
   """The fields of `config.method`.
 
   Attributes:
-    bits: of a code: 2, 3, 4 or 8.
+    bits: of a code: 2, 3, 4, 6 or 8.
     granularity: which weights of a layer of the three share a scale: 'tensor'
       or 'channel' (an output's). The clusters are the matrix's either way.
     storage: 'sum', three layers, whose zeros are weights too and so within the

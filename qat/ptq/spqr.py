@@ -13,12 +13,12 @@ import jax
 from jax import numpy as jnp
 
 from qat.ptq import gptq
-from qat.ptq import grid
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
 from qat.quant import blocks
 from qat.quant import composed
 from qat.quant import float16
+from qat.quant import grid
 from qat.quant import qtensor
 
 
@@ -27,7 +27,7 @@ class Options:
   """The fields of `config.method`.
 
   Attributes:
-    bits: of a code: 2, 3, 4 or 8.
+    bits: of a code: 2, 3, 4, 6 or 8.
     group_size: inputs that share a scale; 0: all of an output.
     scale_bits: of the code of a scale; 0: scales are float16.
     zero_bits: of the code of a zero point, which is then no integer; 0: zero

@@ -23,8 +23,6 @@ operand is multiplied and kept instead.
 from collections.abc import Mapping
 import dataclasses
 import functools
-import pathlib
-import re
 
 import jax
 from jax import lax
@@ -33,6 +31,7 @@ from jax.experimental import layout
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from pallas_kernels.quantized_train_matmul import cpu as scaled_matmul
 from qat.quant import composed
 from qat.quant import qtensor
 from qat.quant import rules
@@ -58,6 +57,8 @@ class Method:
     row_major: hold weight codes in this order in memory. Accelerators want the
       right operand of an int8 product transposed; left to itself, XLA turns the
       float weights for that, of all layers at once where they are stacked.
+    native: multiply int8 codes of an input and a weight by the C++ extension,
+      which gives the same floats as `int8`, bit for bit.
   """
 
   int8: bool
@@ -65,6 +66,7 @@ class Method:
   transpose_in_loop: bool = False
   gather_codes: bool = False
   row_major: bool = False
+  native: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,42 +129,6 @@ def make_weight(
   if mix is None:
     return Operand(value, quantized)
   return Operand((1 - mix) * kernel + mix * value, None)
-
-
-def choose_method(
-  name: str, dtype: str, platform: str, split_parameters: bool = False
-) -> Method:
-  """Resolves a config's 'auto', 'int8' or 'float' for a platform.
-
-  Int8 products are faster on accelerators, and on CPUs with AMX tiles; on
-  others XLA multiplies bfloat16 at least as fast as int8.
-
-  Args:
-    name: 'auto', 'int8' or 'float'.
-    dtype: of float products: 'bfloat16' or 'float32'.
-    platform: 'cpu', 'gpu' or 'tpu'.
-    split_parameters: whether parameters are split over devices.
-
-  Raises:
-    ValueError: for another name or dtype.
-  """
-  if name not in ('auto', 'int8', 'float'):
-    raise ValueError(f'model.quantized_dot={name!r}; one of auto, int8, float.')
-  if dtype not in ('bfloat16', 'float32'):
-    raise ValueError(f'model.dot_dtype={dtype!r}; one of bfloat16, float32.')
-  int8 = name == 'int8'
-  if name == 'auto':
-    int8 = platform != 'cpu' or _cpu_has_tiles()
-  on_cpu = platform == 'cpu'
-  return Method(int8, dtype, on_cpu, split_parameters, not on_cpu)
-
-
-@functools.cache
-def _cpu_has_tiles() -> bool:
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  return cpuinfo.exists() and bool(
-    re.search(r'\bamx_int8\b', cpuinfo.read_text())
-  )
 
 
 def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
@@ -234,10 +200,13 @@ def _dot_fwd(
   w_KN = value_KN.astype(method.dtype) if codes_KN is None else codes_KN
   if codes_KN is not None:
     w_KN = hold_codes(w_KN, method)
-  y_MN = product(x_MK, w_KN, method)
-  for scale in (scale_1N, scale_M1):
-    if scale is not None:
-      y_MN = y_MN * scale
+  if method.native and x_MK.dtype == w_KN.dtype == jnp.int8:
+    y_MN = scaled_matmul.matmul(x_MK, w_KN, scale_M1, scale_1N)
+  else:
+    y_MN = product(x_MK, w_KN, method)
+    for scale in (scale_1N, scale_M1):
+      if scale is not None:
+        y_MN = y_MN * scale
   like = (_marker(value_MK), _marker(value_KN))
   return y_MN, (x_MK, scale_M1, w_KN, scale_1N, like)
 

@@ -1,6 +1,7 @@
-"""Weight quantizers whose scales are learned, and the gradients they publish.
+"""Weight quantizers that learn their scales, and the gradients they publish.
 
-The scales are parameters of the layer beside its 'kernel'. A quantizer is three
+What they learn, scales or what scales follow from, are parameters of the layer
+beside its 'kernel'. A quantizer is three
 functions: the parameters that a kernel starts with, the QTensor of a layer, and
 the gradient of a layer's parameters given that of the dequantized weight.
 
@@ -17,6 +18,8 @@ import jax
 from jax import numpy as jnp
 
 from qat.quant import blocks
+from qat.quant import clipped
+from qat.quant import grid
 from qat.quant import qtensor
 from qat.quant import weights
 
@@ -24,7 +27,7 @@ Layer = Mapping[str, jax.Array]
 
 
 class Learned(NamedTuple):
-  """A quantizer with learned scales.
+  """A quantizer that learns its scales, or what they follow from.
 
   Attributes:
     alphabet: of the codes.
@@ -223,6 +226,45 @@ def _onebit_gradient(layer, dw_KN, granularity, group_size):
   }
 
 
+# ------------------------------------------------------------ learned clipping
+
+# u and l of `clipped` at the start, OmniQuant's (2308.13137): a grid covers
+# 0.982 of the range of its weights.
+CLIP = 4.0
+
+
+def _clipped_parts(layer: Layer, granularity: str, group_size: int):
+  """w_GIN, and u and l of `[..., G, 1, N]`."""
+  w_GIN, _ = blocks.split(
+    layer['kernel'].astype(jnp.float32), granularity, group_size
+  )
+  ends = layer['clip_high'], layer['clip_low']
+  return w_GIN, tuple(end[..., None, :] for end in ends)
+
+
+def _clipped_start(w_KN, granularity, group_size):
+  w_GIN, _ = blocks.split(w_KN, granularity, group_size)
+  *stack, _, columns = w_GIN.shape
+  first = jnp.full((*stack, columns), CLIP, jnp.float32)
+  return {'clip_high': first, 'clip_low': first}
+
+
+def _clipped_quantize(bits: int, layer, granularity, group_size):
+  w_GIN, clip = _clipped_parts(layer, granularity, group_size)
+  return clipped.quantize(w_GIN, clip, bits, symmetric=False)
+
+
+def _clipped_gradient(bits: int, layer, dw_KN, granularity, group_size):
+  """Weights have one through the ends of the range, too, if they are these."""
+
+  def value(layer: Layer) -> jax.Array:
+    w_GIN, clip = _clipped_parts(layer, granularity, group_size)
+    return clipped.fake_quantize(w_GIN, clip, bits, symmetric=False)
+
+  _, vjp = jax.vjp(value, layer)
+  return vjp(dw_KN.astype(jnp.float32))[0]
+
+
 QUANTIZERS: dict[str, Learned] = {
   **{
     name: Learned(
@@ -243,4 +285,15 @@ QUANTIZERS: dict[str, Learned] = {
     _onebit_quantize,
     _onebit_gradient,
   ),
+  **{
+    f'lwc{bits}': Learned(
+      f'int{bits}',
+      ('channel', 'group'),
+      ('clip_high', 'clip_low'),
+      _clipped_start,
+      functools.partial(_clipped_quantize, bits),
+      functools.partial(_clipped_gradient, bits),
+    )
+    for bits in grid.BITS
+  },
 }

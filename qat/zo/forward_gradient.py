@@ -33,23 +33,19 @@ class Options:
   perturbed: str
 
 
-def gradient(
+def slopes(
   loss_fn: Callable[[Any], jax.Array],
   params: Any,
   key: jax.Array,
   options: Options,
-) -> tuple[jax.Array, Any]:
-  """The loss and the estimate; with a key, the directions of `spsa.gradient`.
+) -> tuple[jax.Array, jax.Array]:
+  """The loss, and its slopes `[q]` along the directions of `spsa.gradient`.
 
   Args:
     loss_fn: of a parameter tree whose chosen leaves are float32; a scalar.
     params: the tree.
     key: a threefry key; another one for each step.
     options: see `Options`.
-
-  Returns:
-    The loss, and a float32 tree like `params` with zeros where nothing is
-    chosen.
 
   Raises:
     TypeError: the loss goes through a `jax.custom_vjp`.
@@ -77,4 +73,18 @@ def gradient(
       ' spsa.gradient, or a model whose quantizers are written as'
       ' x + stop_gradient(quantized - x).'
     ) from error
-  return losses_q[0], spsa.along(params, key, slopes_q, options.perturbed)
+  return losses_q[0], slopes_q
+
+
+def gradient(
+  loss_fn: Callable[[Any], jax.Array],
+  params: Any,
+  key: jax.Array,
+  options: Options,
+) -> tuple[jax.Array, Any]:
+  """The loss, and the estimate: a float32 tree like `params`.
+
+  It has zeros where nothing is chosen. For arguments and errors, see `slopes`.
+  """
+  loss, slopes_q = slopes(loss_fn, params, key, options)
+  return loss, spsa.along(params, key, slopes_q, options.perturbed)

@@ -11,6 +11,7 @@ in d parameters (root of the mean square).
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import math
 import re
@@ -26,6 +27,7 @@ from qat.zo import perturb
 from qat.zo import rounding
 
 LossFn = Callable[[Any], jax.Array]
+Number = jax.Array | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +180,37 @@ def along(
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def measure(
+  losses_q2: jax.Array, options: Options
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """`slopes`, and what a step logs of them.
+
+  Returns:
+    Slopes `[q]`, and float32 scalars: 'loss' (mean of the 2q losses), 'slope'
+    (root of the mean square of the slopes, clipped), 'clipped' (share of the
+    directions).
+  """
+  slopes_q = slopes(losses_q2, options)
+  difference = jnp.abs(losses_q2[:, 0] - losses_q2[:, 1])
+  clips = options.clip and difference > 2 * options.clip
+  return slopes_q, {
+    'loss': jnp.mean(losses_q2),
+    'slope': jnp.sqrt(jnp.mean(jnp.square(slopes_q))),
+    'clipped': jnp.mean(jnp.asarray(clips, jnp.float32)),
+  }
+
+
 def step(
   loss_fn: LossFn,
   params: Any,
   key: jax.Array,
-  rate: jax.Array | float,
+  rate: Number | Mapping[str, Number],
   options: Options,
   lazy: bool = False,
+  decay: Number | Mapping[str, Number] = 0.0,
+  healthy: jax.Array | bool = True,
 ) -> tuple[Any, dict[str, jax.Array]]:
-  """w <- w - rate * g, without a gradient tree; to be jitted with donation.
+  """w <- w - rate * (g + decay * w), without a gradient tree; donate `params`.
 
   Jitted with `params` donated, one copy of them lives: they are read until the
   last loss is known, and then every array is updated in its place.
@@ -195,47 +219,46 @@ def step(
     loss_fn: see `losses`.
     params: the tree.
     key: a threefry key; another one for each step.
-    rate: the learning rate.
+    rate: the learning rate; or one for each path.
     options: see `Options`.
     lazy: see `losses`.
+    decay: decoupled weight decay (MeZO's); or one for each path.
+    healthy: False: nothing moves.
 
   Returns:
-    The new tree, and float32 scalars: 'loss' (mean of the 2q losses), 'slope'
-    (root of the mean square of the slopes, clipped), 'clipped' (share of the
-    directions) and the bool 'healthy'. With a loss or a slope that is not
-    finite, nothing moves, 'healthy' is False and 'slope' shows it.
+    The new tree, and of `measure` the scalars and the bool 'healthy'. With a
+    loss or a slope that is not finite, nothing moves, 'healthy' is False and
+    'slope' shows it.
   """
-  losses_q2 = losses(loss_fn, params, key, options, lazy)
-  slopes_q = slopes(losses_q2, options)
-  difference = jnp.abs(losses_q2[:, 0] - losses_q2[:, 1])
-  clips = options.clip and difference > 2 * options.clip
-  metrics = {
-    'loss': jnp.mean(losses_q2),
-    'slope': jnp.sqrt(jnp.mean(jnp.square(slopes_q))),
-    'clipped': jnp.mean(jnp.asarray(clips, jnp.float32)),
-    'healthy': jnp.isfinite(slopes_q).all(),
-  }
-  return move(params, key, slopes_q, rate, options), metrics
+  slopes_q, metrics = measure(
+    losses(loss_fn, params, key, options, lazy), options
+  )
+  metrics['healthy'] = jnp.isfinite(slopes_q).all() & healthy
+  slopes_q = jnp.where(metrics['healthy'], slopes_q, jnp.nan)
+  return move(params, key, slopes_q, rate, options, decay), metrics
 
 
 def move(
   params: Any,
   key: jax.Array,
   slopes_q: jax.Array,
-  rate: jax.Array | float,
+  rate: Number | Mapping[str, Number],
   options: Options,
+  decay: Number | Mapping[str, Number] = 0.0,
 ) -> Any:
-  """w - rate * 1/q sum_j slope_j z_j, rounded as parameters are stored.
+  """w - rate * (1/q sum_j slope_j z_j + decay w), rounded as w is stored.
 
   A run is its first parameters, its keys and its slopes: this replays it. With
-  a `resolution`, the same move with -rate undoes it bit for bit.
+  a `resolution` and no decay, the same move with -rate undoes it bit for bit.
 
   Args:
     params: the tree.
     key: of the step.
     slopes_q: float32 `[q]`; if one is not finite, nothing moves.
-    rate: the learning rate.
+    rate: the learning rate; or one for each path.
     options: see `Options`.
+    decay: decoupled weight decay, a q-th of it with each direction; or one for
+      each path.
   """
   q = options.directions
   finite = jnp.isfinite(slopes_q).all()
@@ -251,7 +274,10 @@ def move(
     moved = {}
     for name, w in arrays.items():
       z, bits = noise.normal(keys[name], w.shape)
-      delta = -(rate * slope / q) * z
+      own_rate, own_decay = (_at(name, number) for number in (rate, decay))
+      delta = -(own_rate * slope / q) * z
+      if not (isinstance(own_decay, float) and own_decay == 0):
+        delta -= own_rate * own_decay / q * w.astype(jnp.float32)
       new = rounding.add(w, delta, bits, options.resolution)
       moved[name] = jnp.where(finite, new, w)
     return moved, None
@@ -261,6 +287,10 @@ def move(
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: arrays.get(perturb.path_name(path), leaf), params
   )
+
+
+def _at(name: str, number: Number | Mapping[str, Number]) -> Number:
+  return number[name] if isinstance(number, Mapping) else number
 
 
 def direction_keys(key: jax.Array, directions: int) -> jax.Array:

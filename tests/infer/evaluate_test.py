@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from qat import config as config_lib
 from qat import evaluate as evaluate_lib
 from qat import scores
+from qat import task_run
 from qat import tasks
 from qat import windows
 from qat.infer import load
@@ -13,6 +15,7 @@ from qat.interop import folder as folder_lib
 from qat.quant import composed
 from qat.quant import weights
 from scripts import evaluate
+from tests import made_up_tasks
 from tests import tiny
 
 TEXT = 'the sea was calm and a ship said under grey skies ' * 12
@@ -131,11 +134,11 @@ def test_tasks_are_scored(loaded, model, task, capsys):
       loaded.tokenizer, one.requests, start=[loaded.begin], longest=30
     )
     assert any(request.cut for request in encoded)
-    scored = scores.score(
+    measured = task_run.measure(
       step,
       loaded.params,
       loaded.mesh,
-      encoded,
+      task_run.Part(one, encoded),
       batch_tokens=64,
       longest=30,
       label=name,
@@ -145,7 +148,7 @@ def test_tasks_are_scored(loaded, model, task, capsys):
         'task': f'{name} words',
         'variant': name,
         'path': str(task / name),
-        **tasks.results(one, scored),
+        **measured,
         'cut_contexts': len(encoded),
       }
     )
@@ -154,24 +157,30 @@ def test_tasks_are_scored(loaded, model, task, capsys):
   assert found(capsys, *arguments)['tasks'] == expected
 
 
-def test_tables_show_what_json_has(model, text, task, capsys, monkeypatch):
-  monkeypatch.setenv('COLUMNS', '200')
-  arguments = ['--model', model, '--text', text, *SHORT, '--limit', 1]
-  arguments += ['--tasks', task / 'choose', task / 'find']
-  numbers = found(capsys, *arguments)
-  evaluate._show(numbers)
-  tables = capsys.readouterr().out
-  (of_text,), (choose, find) = numbers['texts'], numbers['tasks']
-  assert choose['documents'] == find['documents'] == 1
-  for shown in (
-    f'{of_text["perplexity"]:.3f}',
-    f'{of_text["bits_per_byte"]:.4f}',
-    f'{of_text["windows"]} of 16',
-    f'choose words, choose │         1 │ {choose["acc"]:.3f} ± ',
-    f'{choose["acc_norm"]:.3f} ± {choose["acc_norm_stderr"]:.3f}',
-    f'{find["perplexity"]:.2f}',
-  ):
-    assert shown in tables
+def test_the_documents_of_a_run_are_those_of_any_model(
+  saved, model, copied, tmp_path, capsys
+):
+  """A run's task, its part and its length, for another model."""
+  folder = made_up_tasks.write(tmp_path / 'words', 40)
+  fields = dict(task=str(folder), task_train=20, task_dev=4, task_test=6)
+  config = copied.config.copy_and_resolve_references()
+  config.data.update(fields, seq_len=10)
+  (copied.workdir / 'config.json').write_text(config_lib.to_json(config))
+  arguments = ['--model', model, '--batch-tokens', 64]
+  of_run = found(capsys, *arguments, '--task-run', copied.workdir)['tasks']
+  dev = ['--task-part', 'dev', '--tasks', folder, '--limit', 3]
+  both = found(capsys, *arguments, '--task-run', copied.workdir, *dev)['tasks']
+  assert [(t['documents'], t.get('part')) for t in (*of_run, *both)] == [
+    (6, 'test'),
+    (3, None),
+    (4, 'dev'),
+  ]
+  assert of_run[0]['cut_contexts'] == 18 and both[0]['cut_contexts'] == 0
+  own = found(capsys, *arguments, '--tasks', folder)['tasks'][0]
+  assert own['loss'] != of_run[0]['loss']
+  none = ['--model', str(model), '--task-run', str(saved.workdir)]
+  assert evaluate.main(none) == 2
+  assert 'not on a task' in capsys.readouterr().err
 
 
 def test_a_quantized_model_is_measured_packed_or_not(

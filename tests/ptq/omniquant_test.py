@@ -158,5 +158,9 @@ def test_options_that_do_not_fit_are_refused(fields, expected):
 def test_a_setting_changes_what_the_paper_changes():
   assert config.get_config('w2a16').method.aug_loss
   assert config.get_config('w4a4').activation == 'int4_asym'
+  short = config.get_config('zeroqat-w4a4')
+  assert short.latent and short.activation == 'int4_asym'
+  assert short.method.epochs == 2 and short.method.lwc_init == 3.0
+  assert not config.get_config('w4a4').latent
   with pytest.raises(ValueError, match="'w9'.*w4a16, w2a16, w4a4"):
     config.get_config('w9')

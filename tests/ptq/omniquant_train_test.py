@@ -1,5 +1,6 @@
 """The training of blocks, and the walk of which it is a part."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from qat.interop import folder
+from qat.nn import transformer
 from qat.ptq import apply
 from qat.ptq import calibrate
 from qat.ptq import job as job_lib
@@ -108,6 +110,48 @@ def test_transformations_are_trained_and_folded(config, params, quantize):
   )
   for block, found in losses.items():
     assert found[-1] < 0.8 * plain.notes['losses'][block][-1]
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [SHORT | LET, SHORT | {'method__epochs': 0, 'layers': 'block_1/.*'}],
+  ids=['trained', 'not trained'],
+)
+def test_a_latent_result_is_the_same_model_and_can_be_trained_on(
+  config, params, quantize, fields
+):
+  latent, final = quantize(**fields, latent=True), quantize(**fields)
+  assert [dataclasses.replace(r, seconds=0) for r in latent.records] == [
+    dataclasses.replace(r, seconds=0) for r in final.records
+  ]
+  found = folder.nested(dict(latent.leaves()))
+  rules = rules_lib.make_rules(
+    latent.config.quant.rules, latent.config.quant.specs
+  )
+  grids = jax.jit(rules_lib.quantize_kernels, static_argnums=1)(found, rules)
+  expected = dict(final.leaves())
+  assert len(grids) == len(latent.records)
+  for path, leaf in folder.flat(found).items():
+    layer, _, last = path.rpartition('/')
+    if last == 'kernel' and layer in grids:
+      assert leaf.dtype == np.float32
+      wanted = expected.pop(path)
+      jax.tree.map(np.testing.assert_array_equal, grids[layer], wanted)
+    elif not last.startswith('clip_'):
+      np.testing.assert_array_equal(leaf, expected.pop(path))
+  assert not expected
+  # The model finds its parameters by itself, and gives the same.
+  model = transformer.build(latent.config, 'cpu', 1)
+  assert jax.tree.map(np.shape, found) == jax.tree.map(
+    np.shape, transformer.abstract_params(model)
+  )
+  tokens = clean.examples().tokens_ST
+  np.testing.assert_allclose(
+    clean.logits(latent.config, found, tokens),
+    clean.logits(final.config, folder.nested(dict(final.leaves())), tokens),
+    rtol=1e-4,
+    atol=1e-5,
+  )
 
 
 def test_the_loss_is_that_of_the_quantized_block(config, params, tmp_path):

@@ -117,6 +117,28 @@ def test_rules_quantize_the_inputs_of_the_chosen_layers():
   assert rules.find('block_1/attn/o').activation == 'int8'
 
 
+def test_rules_of_a_latent_result_train_its_grids_on():
+  fields = dict(latent=True, method__bits=2, layers='block_1/.*')
+  for size, activation in ((0, 'none'), (8, 'int4_asym')):
+    found = make(
+      'omniquant', **fields, method__group_size=size, activation=activation
+    )
+    assert found.latent
+    spec = rules_lib.make_rules(
+      found.result.quant.rules, found.result.quant.specs
+    ).find('block_1/ffn/up')
+    assert (spec.weight, spec.activation) == ('lwc2', activation)
+    assert spec.granularity == ('group' if size else 'channel')
+    assert not size or spec.group_size == size
+    # While its grids are trained, the weights are in float.
+    rules = rules_lib.make_rules(
+      found.config.quant.rules, found.config.quant.specs
+    )
+    assert rules.find('block_1/ffn/up').weight == 'none'
+  found = make('omniquant', activation='int8')
+  assert found.result is found.config and not found.latent
+
+
 def test_tacq_corrupts_with_as_many_bits():
   made = clean.ptq('tacq', quantizer_options__bits=2)
   assert made.corrupt.bits == 2 and not made.corrupt.mse
@@ -141,6 +163,12 @@ def test_tacq_corrupts_with_as_many_bits():
     ('smoothquant', {'quantizer': 'omniquant'}, 'prepares the model itself'),
     ('omniquant', {'method.group_size': 12}, 'block_0/attn/q, 32 x 32: .*12'),
     ('omniquant', {'method.let_qk': True}, 'let=False'),
+    ('omniquant', {'latent': True, 'method.bits': 5}, 'bits=5; take one of'),
+    (
+      'omniquant',
+      {'latent': True, 'method.symmetric': True},
+      'config.latent=True .* set symmetric=False',
+    ),
   ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(stem, fields, expected):

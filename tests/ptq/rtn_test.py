@@ -6,9 +6,9 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from qat.ptq import grid
 from qat.ptq import rtn
 from qat.quant import blocks
+from qat.quant import grid
 from qat.quant import qtensor
 from qat.quant import weights
 from tests import slow_gptq

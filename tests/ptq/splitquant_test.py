@@ -59,7 +59,7 @@ def test_the_three_layers_sum_to_the_matrix_bit_for_bit(values, dtype, factor):
   assert ((layers != 0).sum(0) == (np.float32(w) != 0)).all()
 
 
-@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('bits', [2, 3, 4, 6, 8])
 @pytest.mark.parametrize('granularity', splitquant.GRANULARITIES)
 @pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
 def test_codes_are_those_of_the_reference(bits, granularity, dtype):

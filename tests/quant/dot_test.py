@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from pallas_kernels.quantized_train_matmul import cpu as scaled_matmul
 from qat.quant import activations
 from qat.quant import blocks
+from qat.quant import choice
 from qat.quant import dot
 from qat.quant import rules
 from qat.quant import weights
@@ -291,23 +293,25 @@ def test_devices_exchange_codes_instead_of_floats(weight):
   assert not any('f32[64,24]' in line for line in gathers)
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
-@pytest.mark.parametrize('tiles', [False, True])
-def test_choose_method_resolves_auto(monkeypatch, platform, tiles):
-  monkeypatch.setattr(dot, '_cpu_has_tiles', lambda: tiles)
-  method = dot.choose_method('auto', 'bfloat16', platform)
-  assert method.int8 == (platform != 'cpu' or tiles)
-  assert method.transpose_in_loop == (platform == 'cpu')
-  assert dot.choose_method('int8', 'float32', platform).int8
-  assert not dot.choose_method('float', 'float32', platform).int8
-  assert dot.choose_method('float', 'float32', platform, True).gather_codes
-
-
-def test_choose_method_refuses_what_it_does_not_know():
-  with pytest.raises(ValueError, match="quantized_dot='int4'.*auto"):
-    dot.choose_method('int4', 'bfloat16', 'cpu')
-  with pytest.raises(ValueError, match="dot_dtype='float16'.*bfloat16"):
-    dot.choose_method('auto', 'float16', 'cpu')
+@pytest.mark.skipif(
+  not scaled_matmul.runs_here(), reason='no C++ extension, or no AVX512-VNNI'
+)
+@pytest.mark.parametrize('weight', ['binary', 'ternary', 'int8'])
+def test_the_extension_changes_no_bit(weight):
+  spec = rules.Spec(weight, 'int8', 'tensor')
+  x_MK, w_KN, dy_MN = (
+    products.normal(9, 70),
+    products.normal(70, 37, seed=1),
+    products.normal(9, 37, seed=2),
+  )
+  ours, xlas = (
+    products.value_and_gradients(x_MK, w_KN, dy_MN, spec, method)
+    for method in (
+      dot.Method(False, 'bfloat16', True, native=True),
+      dot.Method(False, 'bfloat16', True),
+    )
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, xlas)
 
 
 def test_the_order_of_weight_codes_in_memory_changes_no_value():
@@ -328,7 +332,7 @@ def test_the_order_of_weight_codes_in_memory_changes_no_value():
     text = jax.jit(functools.partial(product, on)).lower(w_KN).as_text()
     assert ('LayoutConstraint' in text) == on
   chosen = {
-    platform: dot.choose_method('auto', 'bfloat16', platform).row_major
+    platform: choice.choose_method('auto', 'bfloat16', platform).row_major
     for platform in ('cpu', 'gpu', 'tpu')
   }
   assert chosen == {'cpu': False, 'gpu': True, 'tpu': True}

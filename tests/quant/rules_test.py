@@ -99,6 +99,7 @@ def test_a_spec_refuses_what_there_is_not(field, choices):
     (dict(kept_share=-0.1), 'kept_share=-0.1 .* at least 0'),
     (dict(kept_share=float('nan')), 'kept_share=nan'),
     (dict(weight='onebit'), "granularity='tensor' .*'onebit'.* channel"),
+    (dict(weight='lwc4'), "granularity='tensor' .*'lwc4'.* channel, group"),
   ],
 )
 def test_a_spec_refuses_numbers_and_pairs_that_mean_nothing(fields, message):
@@ -129,6 +130,7 @@ def test_a_spec_has_the_fields_of_a_config():
     ('paretoq1', 1),
     ('paretoq_ternary', 1.58),
     ('paretoq2', 2),
+    *((f'lwc{b}', b) for b in (2, 3, 4, 6, 8)),
   ],
 )
 def test_the_bits_of_a_weight(weight, bits):

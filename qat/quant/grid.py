@@ -16,7 +16,7 @@ from qat.quant import composed
 from qat.quant import float16
 from qat.quant import qtensor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 # The search for a smaller range in GPTQ's released code, which TaCQ's and
 # SliM-LLM's keep: shares 1, 0.99, ..., 0.21 of the range, and an error's power.

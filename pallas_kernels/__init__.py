@@ -1,0 +1,1 @@
+"""Kernels for low-bit products: imports jax (and numpy), never qat."""

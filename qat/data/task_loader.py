@@ -1,0 +1,160 @@
+"""Batches of a task's prompts: to fine-tune a model on right continuations.
+
+As MeZO (2305.17333) trains: a prompt is followed by its right continuation, and
+only the continuation's tokens count. Each epoch takes every prompt once, in an
+order of its own; global batch n takes the next B prompts, across the end of an
+epoch too. So one integer is the whole position, as in `loader.TrainLoader`.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import hashlib
+from typing import Any
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from qat.data import position
+
+Batch = dict[str, np.ndarray]
+
+
+def errors(config: ConfigDict) -> list[str]:
+  """What is wrong with a config's fields of tasks: field, value, remedy."""
+  found, data = [], config.data
+  if data.begin not in ('end', 'tokenizer'):
+    found.append(f'data.begin={data.begin!r}; choose one of end, tokenizer.')
+  found += [
+    f'{field}={value} must be at least {least}.'
+    for field, value, least in (
+      ('data.task_train', data.task_train, 1),
+      ('data.task_dev', data.task_dev, 1),
+      ('data.task_test', data.task_test, 1),
+      ('data.task_seed', data.task_seed, 0),
+    )
+    if value < least
+  ]
+  if data.task and data.task_train < data.batch_size:
+    found.append(
+      f'data.task_train={data.task_train} documents are fewer than'
+      f' data.batch_size={data.batch_size}, those of one step.'
+    )
+  if data.task and config.optim.estimator == 'forward':
+    found.append(
+      f"data.task={data.task!r} with optim.estimator='forward', which reads no"
+      " weights of targets; take 'spsa' or 'backprop'."
+    )
+  return found
+
+
+class TaskLoader:
+  """Iterates over the training batches of one process, for ever.
+
+  A batch is {'tokens', 'targets': int32 [B / process_count, T], 'weights':
+  float32}. Behind a prompt there is padding. The weights of each prompt sum to
+  1: those of the continuation's targets are alike, all others are 0.
+
+  Attributes:
+    fingerprint: what the batches depend on, as JSON-able fields.
+  """
+
+  def __init__(
+    self,
+    prompts: Sequence[tuple[np.ndarray, int]],
+    *,
+    dataset: str,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+  ):
+    """Stands at batch 0.
+
+    Args:
+      prompts: tokens of each prompt and its continuation, int32 of at most
+        T + 1; and how many of them, at the end, are the continuation's.
+      dataset: digest of the data set that the run is evaluated on.
+      seq_len: T, tokens of a row.
+      batch_size: B, rows of a global batch.
+      seed: of the order of the prompts.
+      process_index: this process, of those that share a global batch.
+      process_count: how many they are; divides `batch_size`.
+
+    Raises:
+      ValueError: the arguments do not fit one another.
+    """
+    self._rows = position.local_rows(
+      batch_size, seq_len, process_index, process_count
+    )
+    if len(prompts) < batch_size:
+      raise ValueError(
+        f'There are {len(prompts)} prompts, fewer than one batch of'
+        f' {batch_size}. Lower the batch size, or take more of the documents'
+        ' to train on (config.data.task_train).'
+      )
+    digest = hashlib.sha256()
+    for ids, scored in prompts:
+      if not 0 < scored < len(ids) <= seq_len + 1:
+        raise ValueError(
+          f'A prompt has {len(ids)} tokens, {scored} of which are its'
+          f' continuation; a row holds {seq_len} and one more to predict.'
+        )
+      digest.update(np.array([len(ids), scored, *ids], np.int32).tobytes())
+    self._prompts = prompts
+    self._shape = batch_size, seq_len
+    self._seed = seed
+    self._first = process_index * self._rows
+    self._next_batch = 0
+    self.fingerprint = {
+      'seed': seed,
+      'seq_len': seq_len,
+      'batch_size': batch_size,
+      'dataset': dataset,
+      'prompts': digest.hexdigest(),
+      # A NumPy that shuffles in another way is noticed.
+      'first_prompts': self._order(0)[:4].tolist(),
+    }
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    """The next batch."""
+    size, seq_len = self._shape
+    start = self._next_batch * size + self._first
+    tokens = np.zeros((self._rows, seq_len), np.int32)
+    targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
+    orders = {}
+    for row, place in enumerate(range(start, start + self._rows)):
+      epoch, at = divmod(place, len(self._prompts))
+      if epoch not in orders:
+        orders[epoch] = self._order(epoch)
+      ids, scored = self._prompts[orders[epoch][at]]
+      n = len(ids) - 1
+      tokens[row, :n], targets[row, :n] = ids[:-1], ids[1:]
+      weights[row, n - scored : n] = 1 / scored
+    self._next_batch += 1
+    return {'tokens': tokens, 'targets': targets, 'weights': weights}
+
+  def state(self) -> dict[str, Any]:
+    """The position: {'next_batch': n, 'fingerprint': {...}}, JSON-able."""
+    return {
+      'next_batch': self._next_batch,
+      'fingerprint': dict(self.fingerprint),
+    }
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Goes on from a `state()`; the number of processes may have changed.
+
+    Raises:
+      ValueError: if it belongs to other data; lists what differs.
+    """
+    self._next_batch = position.read(state, self.fingerprint)
+
+  def close(self) -> None:
+    """Nothing is held."""
+
+  def _order(self, epoch: int) -> np.ndarray:
+    random = np.random.default_rng([self._seed, epoch])
+    return random.permutation(len(self._prompts))

@@ -1,0 +1,168 @@
+"""A run on a task: its prompts, and what is measured on the other documents.
+
+`config.data.task` names the task. Its documents are taken apart once
+(`tasks.split`): some to train on, some to look at every `config.eval.every`
+steps, some for the end, as MeZO (2305.17333) has it: 1000, 500 and 1000.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from qat import guard
+from qat import scores as scores_lib
+from qat import step as step_lib
+from qat import tasks
+from qat import windows
+from qat.data import dataset as dataset_lib
+from qat.data import task_loader
+
+
+class Part(NamedTuple):
+  """Some documents of a task, as the model reads them.
+
+  Attributes:
+    task: the documents.
+    tokens: of `task.requests`, in order.
+  """
+
+  task: tasks.Task
+  tokens: list[scores_lib.Tokens]
+
+
+def read_parts(config: ConfigDict) -> dict[str, tasks.Task]:
+  """Reads the task of a config, in parts.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is no task, or has too few documents.
+  """
+  data = config.data
+  task = tasks.read(pathlib.Path(data.task))
+  sizes = {part: data[f'task_{part}'] for part in tasks.PARTS}
+  return tasks.split(task, sizes, data.task_seed)
+
+
+def open_parts(
+  config: ConfigDict, dataset: dataset_lib.Dataset
+) -> dict[str, Part]:
+  """The parts of a run's task, in tokens; none where it has no task.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: see `read_parts`; or a continuation is too long for
+      `config.data.seq_len` tokens.
+  """
+  if not config.data.task:
+    return {}
+  start = windows.begin(config, dataset.tokenizer, dataset.eot_id)
+  return {
+    part: Part(
+      task,
+      scores_lib.encode(
+        dataset.tokenizer,
+        task.requests,
+        start=start,
+        longest=config.data.seq_len,
+      ),
+    )
+    for part, task in read_parts(config).items()
+  }
+
+
+def open_loader(
+  config: ConfigDict, dataset: dataset_lib.Dataset, part: Part
+) -> task_loader.TaskLoader:
+  """Batches of the right continuations of a part, for this process."""
+  return task_loader.TaskLoader(
+    [(tokens.ids, tokens.scored) for tokens in right(*part)],
+    dataset=dataset.digest,
+    seq_len=config.data.seq_len,
+    batch_size=config.data.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def evaluator(
+  program: step_lib.Program, parts: dict[str, Part]
+) -> Callable[..., dict[str, float]]:
+  """A function that measures a model on a part: (params, name, hurry).
+
+  It returns `measure`'s numbers as 'task/<name>/acc' and so on; nothing in a
+  hurry, or where the run has no task. Its programs are compiled once.
+  """
+  config, mesh = program.config, program.mesh
+  step = scores_lib.make_step(config, program.model)
+
+  def evaluate(
+    params: Any, name: str, hurry: Callable[[], object] = lambda: False
+  ) -> dict[str, float]:
+    if not parts:
+      return {}
+    with guard.time_limit(f'the task, {name}', config.train.timeout_s):
+      found = measure(
+        step,
+        params,
+        mesh,
+        parts[name],
+        batch_tokens=config.eval.batch_size * config.data.seq_len,
+        longest=config.data.seq_len,
+        label='',
+        hurry=hurry,
+      )
+    return {f'task/{name}/{key}': value for key, value in found.items()}
+
+  return evaluate
+
+
+def measure(
+  step: scores_lib.Step,
+  params: Any,
+  mesh: Mesh,
+  part: Part,
+  *,
+  batch_tokens: int,
+  longest: int,
+  label: str,
+  hurry: Callable[[], object] = lambda: False,
+) -> dict[str, float]:
+  """Scores a task's documents; the arguments are those of `scores.score`.
+
+  Returns:
+    Nothing, in a hurry; else the measures of `tasks.results`, and 'loss': -log
+    p of the right continuation's tokens, in nats: the mean over its tokens, and
+    of that the mean over documents, as the training has it.
+  """
+  scored = scores_lib.score(
+    step,
+    params,
+    mesh,
+    part.tokens,
+    batch_tokens=batch_tokens,
+    longest=longest,
+    label=label,
+    hurry=hurry,
+  )
+  if not scored:
+    return {}
+  pairs = zip(right(part.task, scored), right(*part), strict=True)
+  loss = np.mean([score.nats / tokens.scored for score, tokens in pairs])
+  return {**tasks.results(part.task, scored), 'loss': float(loss)}
+
+
+def right(task: tasks.Task, each: Sequence[Any]) -> list[Any]:
+  """Of something for each request, that of each right continuation."""
+  found, start = [], 0
+  for document in task.documents:
+    found.append(each[start + document.right])
+    start += len(document.requests)
+  return found

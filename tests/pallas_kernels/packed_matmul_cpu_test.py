@@ -1,0 +1,108 @@
+"""The packed product of the C++ extension, each variant against NumPy."""
+
+import functools
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels import native
+from pallas_kernels import packing
+from pallas_kernels.packed_matmul import api
+from pallas_kernels.packed_matmul import cpu
+
+CPU = dispatch.Target('cpu')
+FORMATS = ('1bit', '2bit', 'int4')
+pytestmark = pytest.mark.skipif(
+  not native.variants(), reason=f'the C++ extension is {native.status()}'
+)
+
+
+def draw(seed, format, rows, inputs, outputs):
+  """Int8 inputs, codes, and the codes packed for the extension."""
+  rng = np.random.default_rng(seed)
+  _, base, step, low = packing.FORMATS[format]
+  codes = rng.integers(0, base, (inputs, outputs)) * step + low
+  x = rng.integers(-128, 128, (rows, inputs))
+  x[:1], codes[:, :1] = -128, low  # The largest sums there are.
+  scale = jnp.asarray(rng.uniform(0.1, 1, (1, outputs)), jnp.float32)
+  packed = packing.pack(
+    jnp.asarray(codes, jnp.int8), scale, format, axis=-1, block=cpu.BLOCK
+  )
+  return jnp.asarray(x, jnp.int8), codes, packed
+
+
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(
+  st.sampled_from(FORMATS),
+  st.integers(1, 11),
+  st.integers(1, 1300),
+  st.integers(1, 70),
+  st.integers(0, 2**32 - 1),
+)
+@hypothesis.example('1bit', 3, 1024, 1, 0)
+@hypothesis.example('2bit', 1, 513, 33, 0)
+@hypothesis.example('int4', 7, 8192, 2, 0)
+@hypothesis.example('1bit', 4, 4096, 600, 0)  # Enough for several threads.
+def test_sums_are_exact(format, rows, inputs, outputs, seed):
+  x, codes, packed = draw(seed, format, rows, inputs, outputs)
+  for variant in native.variants():
+    found = cpu.sums(x, packed, variant)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.int64(x) @ codes)
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_the_table_takes_it_and_it_is_the_reference(format):
+  x, _, packed = draw(0, format, 5, 700, 40)
+  x_scale = jnp.linspace(0.1, 1, 5)[:, None]
+  found, expected = (
+    jax.jit(functools.partial(api.packed_matmul, implementation=name))(
+      x, packed, x_scale_M1=x_scale
+    )
+    for name in (None, 'reference')
+  )
+  call = dispatch.Call(CPU, 'int8', 5, format, -1, cpu.BLOCK)
+  assert dispatch.choose('packed_matmul', call) == 'cpu'
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_a_stack_is_its_matrices_one_by_one():
+  x, codes, _ = draw(0, '1bit', 3, 600, 3 * 8)
+  codes_EKN = jnp.asarray(codes, jnp.int8).reshape(600, 3, 8).swapaxes(0, 1)
+  packed = packing.pack(
+    codes_EKN, jnp.ones((3, 1, 1)), '1bit', axis=-1, block=cpu.BLOCK
+  )
+  found = jax.vmap(cpu.sums, (None, 0))(x, packed)
+  np.testing.assert_array_equal(found, np.int64(x) @ np.int64(codes_EKN))
+
+
+@pytest.mark.parametrize(
+  'change, reason',
+  [
+    (dict(block=128), 'blocks of 128 bytes'),
+    (dict(axis=-2), 'axis -2'),
+    (dict(format='int8'), "weights are 'int8'"),
+    (dict(dtype='bfloat16'), 'activations are bfloat16'),
+    (dict(target=dispatch.Target('tpu', 'v5e')), 'runs on cpu'),
+  ],
+)
+def test_what_it_cannot_do_is_named(change, reason):
+  call = dict(
+    target=CPU, dtype='int8', rows=1, format='1bit', axis=-1, block=cpu.BLOCK
+  )
+  with pytest.raises(ValueError, match=reason):
+    dispatch.choose('packed_matmul', dispatch.Call(**call | change), 'cpu')
+
+
+def test_without_the_extension_the_table_goes_on(monkeypatch):
+  monkeypatch.setattr(native, 'variants', lambda: ())
+  monkeypatch.setattr(native, 'status', lambda: 'absent: no compiler')
+  call = dispatch.Call(CPU, 'int8', 1, '1bit', -1, cpu.BLOCK)
+  assert dispatch.choose('packed_matmul', call) == 'reference'
+  with pytest.raises(ValueError, match='extension is absent: no compiler'):
+    dispatch.choose('packed_matmul', call, 'cpu')
