@@ -205,7 +205,9 @@ def make_train_step(
     mix = quantization(state.step) if quantization else None
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     if config.model.router_jitter:
-      keys = jax.random.split(key, config.optim.accumulate)
+      # Of another key than directions are.
+      noise = jax.random.fold_in(key, 2**32 - 1)
+      keys = jax.random.split(noise, config.optim.accumulate)
       batch = {**batch, 'rng': jax.random.key_data(keys)}
     trained, frozen = estimators.split(config, state.params)
     if in_place:
@@ -273,8 +275,8 @@ class Program(NamedTuple):
     config: the config it was made from.
     mesh: the devices.
     model: the transformer.
-    init: makes the state before the first step, of the parameters it is given
-      or of fresh ones.
+    init: makes the state before the first step, of the parameters it is given,
+      which it may take over, or of fresh ones.
     abstract: shapes, dtypes and shardings of the state.
     train_step: compiled (state, batch) -> (state, metrics); the state given is
       donated.
@@ -315,9 +317,13 @@ def compile_program(
     out_shardings=(shardings, None),
   )
 
+  # What is given becomes the state, where it is stored as it comes.
+  given = () if config.zo.master == 'bfloat16' else (0,)
+  fill = jax.jit(init, out_shardings=shardings, donate_argnums=given)
+
   def initialize(params: Any = None) -> State:
     with jax.set_mesh(mesh):
-      state = jax.jit(init, out_shardings=shardings)(params)
+      state = fill(params)
       return state._replace(params=estimators.snapped(config, state.params))
 
   with jax.set_mesh(mesh):

@@ -72,9 +72,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       dataset = load.open_dataset(config)
       parts = task_run.open_parts(config, dataset)
       loader = enter(contextlib.closing(_open_loader(config, dataset, parts)))
+      # Another model is read by this process alone, before there is a mesh.
+      start = initial.find(config, workdir, dataset)
       mesh = sharding.make_mesh(config.mesh)
       enter(jax.set_mesh(mesh))
-      start = initial.find(config, workdir, dataset)
       with guard.time_limit('compiling', config.train.timeout_s):
         program = step_lib.compile_program(config, mesh, start.described)
       eval_step = evaluate.make_eval_step(config, program.model, mesh)
@@ -99,6 +100,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     if restored is None:
       first, seconds_before = 0, 0.0
       state = program.init(initial.place(start, program.abstract))
+      start = start._replace(params=None)  # Nothing but the state has them.
     else:
       first, state = restored.step, restored.state
       loader.restore(restored.extra['data'])
@@ -128,12 +130,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       )
       return found and found | evaluate_task(state.params, 'dev', hurry)
 
-    if start.params is not None:
+    if restored is None and start.words:
       log.say(start.words)
       if before := evaluate_all():
         log.scalars(0, before)
     described = {carried.EXTRA: start.described}
-    del start  # And with it the parameters on the host.
     meter = _Meter(program, peak, first)
     late = None
     evaluated = {}
