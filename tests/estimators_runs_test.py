@@ -17,6 +17,8 @@ from qat.infer import load
 from tests import outcomes
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {
   'model.vocab_size': 512,
   'model.n_layers': 2,

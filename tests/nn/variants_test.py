@@ -14,6 +14,8 @@ from qat.quant import rules as rules_lib
 from qat.quant import weights
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 OPT = {
   'model.norm_type': 'layer',
   'model.norm_eps': 1e-5,

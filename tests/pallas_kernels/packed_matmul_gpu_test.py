@@ -16,6 +16,8 @@ from pallas_kernels import slow
 from pallas_kernels.packed_matmul import gpu
 from tests.pallas_kernels import gpu_interpreter
 
+pytestmark = pytest.mark.slow
+
 H200 = dispatch.Target('gpu', '9.0')
 ROW = dispatch.rows_for('packed_matmul', H200)[0]
 PACK = jax.jit(
