@@ -53,14 +53,9 @@ def decoupled_ffn_up(
       raise ValueError(f'A branch is {packed.format!r}; want {format!r}.')
   if (narrow.axis, narrow.block) != (wide.axis, wide.block):
     raise ValueError('The branches are packed along other axes or in blocks.')
-  target = target or dispatch.here()
-  call = dispatch.Call(
-    *(target, x_MK.dtype.name, x_MK.shape[0]),
-    *(wide.format, wide.axis, wide.block),
+  name, x_scale_M1, target = packed_matmul.chosen(
+    'decoupled_ffn_up', x_MK, wide, x_scale_M1, implementation, target
   )
-  if x_scale_M1 is None:
-    x_scale_M1 = jnp.ones((x_MK.shape[0], 1), jnp.float32)
-  name = dispatch.choose('decoupled_ffn_up', call, implementation)
   return IMPLEMENTATIONS[name](
     x_MK, wide, narrow, x_scale_M1, out_dtype, target
   )

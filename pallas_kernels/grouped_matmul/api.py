@@ -54,14 +54,9 @@ def grouped_matmul(
       f'expert_M is {expert_M.dtype}{expert_M.shape}; want int32'
       f' {x_MK.shape[:1]}.'
     )
-  target = target or dispatch.here()
-  call = dispatch.Call(
-    *(target, x_MK.dtype.name, x_MK.shape[0]),
-    *(packed.format, packed.axis, packed.block),
+  name, x_scale_M1, target = packed_matmul.chosen(
+    'grouped_matmul', x_MK, packed, x_scale_M1, implementation, target
   )
-  if x_scale_M1 is None:
-    x_scale_M1 = jnp.ones((x_MK.shape[0], 1), jnp.float32)
-  name = dispatch.choose('grouped_matmul', call, implementation)
   return IMPLEMENTATIONS[name](
     x_MK, packed, expert_M, x_scale_M1, out_dtype, target
   )

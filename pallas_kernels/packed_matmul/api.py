@@ -51,6 +51,25 @@ def packed_matmul(
     ValueError: shapes do not fit, or `implementation` cannot do this.
   """
   check(x_MK, packed, x_scale_M1)
+  name, x_scale_M1, target = chosen(
+    'packed_matmul', x_MK, packed, x_scale_M1, implementation, target
+  )
+  return IMPLEMENTATIONS[name](x_MK, packed, x_scale_M1, out_dtype, target)
+
+
+def chosen(
+  kernel: str,
+  x_MK: jax.Array,
+  packed: packing.Packed,
+  x_scale_M1: jax.Array | None,
+  implementation: str | None,
+  target: dispatch.Target | None,
+) -> tuple[str, jax.Array, dispatch.Target]:
+  """Which implementation of a kernel multiplies these, its scales and target.
+
+  Raises:
+    ValueError: see `dispatch.choose`.
+  """
   target = target or dispatch.here()
   call = dispatch.Call(
     *(target, x_MK.dtype.name, x_MK.shape[0]),
@@ -58,8 +77,7 @@ def packed_matmul(
   )
   if x_scale_M1 is None:
     x_scale_M1 = jnp.ones((x_MK.shape[0], 1), jnp.float32)
-  name = dispatch.choose('packed_matmul', call, implementation)
-  return IMPLEMENTATIONS[name](x_MK, packed, x_scale_M1, out_dtype, target)
+  return dispatch.choose(kernel, call, implementation), x_scale_M1, target
 
 
 def check(

@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels import packing
 from pallas_kernels import slow
 from pallas_kernels.decoupled_ffn_up import api
@@ -19,18 +18,9 @@ from pallas_kernels.decoupled_ffn_up import tpu
 from qat.quant import activations
 from qat.quant import dot
 from qat.quant import weights
+from tests.pallas_kernels import forms
 
-V5E = dispatch.Target('tpu', 'v5e')
-TPU7X = dispatch.Target('tpu', 'tpu7x')
-IMPLEMENTATIONS = {
-  'reference': functools.partial(reference.decoupled_ffn_up, target=V5E),
-  'tpu v5e': functools.partial(
-    tpu.decoupled_ffn_up, target=V5E, interpret=True
-  ),
-  'tpu tpu7x': functools.partial(
-    tpu.decoupled_ffn_up, target=TPU7X, interpret=True
-  ),
-}
+IMPLEMENTATIONS = forms.of(reference.decoupled_ffn_up, tpu.decoupled_ffn_up)
 PACK = jax.jit(packing.pack, static_argnames='format')
 
 
@@ -79,7 +69,7 @@ def test_the_simulator_of_a_tpu_finds_the_same():
   )
   packed = [p for _, p in branches]
   found = tpu.decoupled_ffn_up(
-    x, *packed, x_scale, jnp.float32, V5E, interpret=params
+    x, *packed, x_scale, jnp.float32, forms.V5E, interpret=params
   )
   for y, (codes, p) in zip(found, branches, strict=True):
     want = slow.matmul(x, codes, x_scale, p.scale)

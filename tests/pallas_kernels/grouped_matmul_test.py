@@ -10,22 +10,14 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels import packing
 from pallas_kernels import slow
 from pallas_kernels.grouped_matmul import api
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul import tpu
+from tests.pallas_kernels import forms
 
-V5E = dispatch.Target('tpu', 'v5e')
-TPU7X = dispatch.Target('tpu', 'tpu7x')
-IMPLEMENTATIONS = {
-  'reference': functools.partial(reference.grouped_matmul, target=V5E),
-  'tpu v5e': functools.partial(tpu.grouped_matmul, target=V5E, interpret=True),
-  'tpu tpu7x': functools.partial(
-    tpu.grouped_matmul, target=TPU7X, interpret=True
-  ),
-}
+IMPLEMENTATIONS = forms.of(reference.grouped_matmul, tpu.grouped_matmul)
 PACK = jax.jit(packing.pack, static_argnames='format')
 VISITS = jax.jit(tpu.visits, static_argnums=(1, 2))
 
@@ -99,7 +91,7 @@ def test_the_simulator_of_a_tpu_finds_the_same_with_1_bit_experts():
     detect_races=True, out_of_bounds_reads='uninitialized'
   )
   y = tpu.grouped_matmul(
-    x, packed, expert, x_scale, jnp.float32, V5E, interpret=params
+    x, packed, expert, x_scale, jnp.float32, forms.V5E, interpret=params
   )
   want = by_row(x, x_scale, expert, codes, packed)
   np.testing.assert_allclose(y, want, rtol=1e-6)

@@ -19,19 +19,12 @@ from pallas_kernels import slow
 from pallas_kernels.packed_matmul import api
 from pallas_kernels.packed_matmul import reference
 from pallas_kernels.packed_matmul import tpu
+from tests.pallas_kernels import forms
 
-V5E = dispatch.Target('tpu', 'v5e')  # An int8 matrix unit; 7x has none.
-TPU7X = dispatch.Target('tpu', 'tpu7x')
-TPU_ROW = dispatch.rows_for('packed_matmul', V5E)[0]
+TPU_ROW = dispatch.rows_for('packed_matmul', forms.V5E)[0]
 
 PACK = jax.jit(packing.pack, static_argnames='format')
-IMPLEMENTATIONS = {
-  'reference': functools.partial(reference.packed_matmul, target=V5E),
-  'tpu v5e': functools.partial(tpu.packed_matmul, target=V5E, interpret=True),
-  'tpu tpu7x': functools.partial(
-    tpu.packed_matmul, target=TPU7X, interpret=True
-  ),
-}
+IMPLEMENTATIONS = forms.of(reference.packed_matmul, tpu.packed_matmul)
 
 
 def draw(seed, format, rows, inputs, outputs, columns=False):
@@ -104,7 +97,7 @@ def test_a_stack_of_layers_under_jit_and_vmap():
   run = jax.jit(
     jax.vmap(
       lambda p: tpu.packed_matmul(
-        x, p, x_scale, jnp.float32, V5E, interpret=True
+        x, p, x_scale, jnp.float32, forms.V5E, interpret=True
       )
     )
   )
@@ -126,7 +119,9 @@ def test_sharded_inputs_and_outputs():
 
   def local(x, data, scale, x_scale):
     mine = packing.Packed(data, scale, '2bit', 512, data.shape[1], -2, 128)
-    return tpu.packed_matmul(x, mine, x_scale, jnp.float32, V5E, interpret=True)
+    return tpu.packed_matmul(
+      x, mine, x_scale, jnp.float32, forms.V5E, interpret=True
+    )
 
   y = jax.jit(
     jax.shard_map(
@@ -147,7 +142,7 @@ def test_the_simulator_of_a_tpu_finds_no_race():
     functools.partial(
       tpu.packed_matmul,
       out_dtype=jnp.float32,
-      target=V5E,
+      target=forms.V5E,
       interpret=pltpu.InterpretParams(
         detect_races=True, out_of_bounds_reads='uninitialized'
       ),

@@ -1,7 +1,5 @@
 """The fused binary product against quantizer and quantized dot of a model."""
 
-import functools
-
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -10,7 +8,6 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels import slow
 from pallas_kernels.quantized_train_matmul import api
 from pallas_kernels.quantized_train_matmul import reference
@@ -18,18 +15,11 @@ from pallas_kernels.quantized_train_matmul import tpu
 from qat.quant import dot
 from qat.quant import qtensor
 from qat.quant import weights
+from tests.pallas_kernels import forms
 
-V5E = dispatch.Target('tpu', 'v5e')
-TPU7X = dispatch.Target('tpu', 'tpu7x')
-IMPLEMENTATIONS = {
-  'reference': functools.partial(reference.quantized_train_matmul, target=V5E),
-  'tpu v5e': functools.partial(
-    tpu.quantized_train_matmul, target=V5E, interpret=True
-  ),
-  'tpu tpu7x': functools.partial(
-    tpu.quantized_train_matmul, target=TPU7X, interpret=True
-  ),
-}
+IMPLEMENTATIONS = forms.of(
+  reference.quantized_train_matmul, tpu.quantized_train_matmul
+)
 
 
 def draw(seed, rows, inputs, outputs, columns=False):
@@ -91,7 +81,7 @@ def test_the_simulator_of_a_tpu_finds_the_same():
     detect_races=True, out_of_bounds_reads='uninitialized'
   )
   y = tpu.quantized_train_matmul(
-    x, x_scale, w, mean, scale, V5E, interpret=params
+    x, x_scale, w, mean, scale, forms.V5E, interpret=params
   )
   signs = np.where(np.asarray(w) > np.asarray(mean), 1, -1)
   want = slow.matmul(x, signs, x_scale, scale)

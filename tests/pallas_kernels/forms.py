@@ -1,0 +1,18 @@
+"""A kernel's specification, and its TPU form for chips of both kinds."""
+
+from collections.abc import Callable
+import functools
+
+from pallas_kernels import dispatch
+
+V5E = dispatch.Target('tpu', 'v5e')  # An int8 matrix unit; 7x has none.
+TPU7X = dispatch.Target('tpu', 'tpu7x')
+
+
+def of(reference: Callable, tpu: Callable) -> dict[str, Callable]:
+  """The two as functions for a CPU, by name."""
+  return {
+    'reference': functools.partial(reference, target=V5E),
+    'tpu v5e': functools.partial(tpu, target=V5E, interpret=True),
+    'tpu tpu7x': functools.partial(tpu, target=TPU7X, interpret=True),
+  }
