@@ -151,19 +151,31 @@ QAT_AVX512 void Offsets(const int8_t* x, int64_t K, int64_t rows,
 
 #endif  // QAT_X86
 
+// Groups of rows, each times the matrix that expert_G names.
 ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
-                      ffi::Buffer<ffi::S8> w, ffi::Buffer<ffi::F32> scale_M,
+                      ffi::Buffer<ffi::S8> w, ffi::Buffer<ffi::S32> expert_G,
+                      ffi::Buffer<ffi::F32> scale_M,
                       ffi::Buffer<ffi::F32> scale_N,
                       ffi::ResultBuffer<ffi::F32> y) {
   const auto x_shape = x.dimensions(), w_shape = w.dimensions();
-  if (x_shape.size() != 2 || w_shape.size() != 2 || x_shape[1] != w_shape[0]) {
-    return ffi::Error::InvalidArgument("x [M, K] and w [K, N] do not fit");
+  if (x_shape.size() != 3 || w_shape.size() != 3 || x_shape[2] != w_shape[1]) {
+    return ffi::Error::InvalidArgument("x [G, M, K], w [E, K, N] do not fit");
   }
-  const int64_t M = x_shape[0], K = x_shape[1], N = w_shape[1];
+  const int64_t G = x_shape[0], M = x_shape[1], K = x_shape[2];
+  const int64_t E = w_shape[0], N = w_shape[2];
   const auto rows = int64_t(scale_M.element_count());
   const auto columns = int64_t(scale_N.element_count());
-  if ((rows != 1 && rows != M) || (columns != 1 && columns != N)) {
-    return ffi::Error::InvalidArgument("one scale, or one a row or column");
+  if (int64_t(expert_G.element_count()) != G ||
+      (rows != 1 && rows != G * M) || (columns != E && columns != E * N)) {
+    return ffi::Error::InvalidArgument(
+        "want a matrix a group; one scale or one a row; and for each matrix"
+        " one scale or one a column");
+  }
+  for (int64_t g = 0; g < G; ++g) {
+    const int32_t e = expert_G.typed_data()[g];
+    if (e < 0 || e >= E) {
+      return ffi::Error::InvalidArgument("there is no such matrix");
+    }
   }
 #if QAT_X86
   if (Supported(kAvx512Vnni)) {
@@ -171,36 +183,37 @@ ffi::Error Int8Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
     const int8_t* codes = x.typed_data();
     std::vector<int8_t> padded;
     if (K4 != K) {
-      padded.resize(M * K4);
-      for (int64_t m = 0; m < M; ++m) {
+      padded.resize(G * M * K4);
+      for (int64_t m = 0; m < G * M; ++m) {
         std::memcpy(&padded[m * K4], codes + m * K, K);
       }
       codes = padded.data();
     }
-    const Problem problem{codes,
-                          w.typed_data(),
-                          scale_M.typed_data(),
-                          scale_N.typed_data(),
-                          y->typed_data(),
-                          M,
-                          K,
-                          K4,
-                          N,
-                          rows != 1,
-                          columns != 1};
-    std::vector<int32_t> offset_M(M);
-    Offsets(codes, K4, M, offset_M.data());
+    std::vector<int32_t> offset_M(G * M);
+    Offsets(codes, K4, G * M, offset_M.data());
     // A panel is packed once for all rows that a thread multiplies by it; rows
     // are only split where there are more threads than panels.
     const int64_t panels = (N + kPanel - 1) / kPanel;
     const int64_t parts = std::clamp<int64_t>(
-        2 * pool.num_threads() / std::max<int64_t>(panels, 1), 1,
+        2 * pool.num_threads() / std::max<int64_t>(G * panels, 1), 1,
         (M + 95) / 96 + (M == 0));
     const int64_t size = (M + parts - 1) / parts;
-    ParallelFor(pool, panels * parts, [&](int64_t i) {
+    ParallelFor(pool, G * panels * parts, [&](int64_t i) {
+      const int64_t g = i / (panels * parts), e = expert_G.typed_data()[g];
+      const Problem problem{codes + g * M * K4,
+                            w.typed_data() + e * K * N,
+                            scale_M.typed_data() + (rows != 1 ? g * M : 0),
+                            scale_N.typed_data() + e * (columns / E),
+                            y->typed_data() + g * M * N,
+                            M,
+                            K,
+                            K4,
+                            N,
+                            rows != 1,
+                            columns != E};
       const int64_t m0 = std::min(M, i % parts * size);
-      Block(problem, offset_M.data(), m0, std::min(M, m0 + size),
-            i / parts * kPanel);
+      Block(problem, offset_M.data() + g * M, m0, std::min(M, m0 + size),
+            i / parts % panels * kPanel);
     });
     return ffi::Error::Success();
   }
@@ -217,6 +230,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_int8_matmul, qat::Int8Matmul,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

@@ -24,7 +24,7 @@ namespace qat {
 namespace {
 
 constexpr int64_t kBlock = 64;    // Bytes.
-constexpr int64_t kAhead = 4096;  // Bytes that are asked for before their turn.
+constexpr int64_t kAhead = 8192;  // Bytes that are asked for before their turn.
 
 struct Problem {
   const int8_t* x;  // [M, blocks * 64 * P], zeros after the last input.
@@ -102,32 +102,52 @@ QAT_AVX2 void Avx2(const Problem& q, int64_t n0, int64_t n1) {
   }
 }
 
-// One row of x and one column. Indices stay where the AND leaves them, at
+// Into the second cache: in the first, weights would drive out x.
+QAT_AVX512 inline void Prefetch(const uint8_t* w) {
+  _mm_prefetch((const char*)(w + kAhead), _MM_HINT_T1);
+}
+
+// One row of x and C columns. Indices stay where the AND leaves them, at
 // index << (Bits * p), with a sum for each plane that is shifted back once.
-template <int Bits>
+template <int Bits, int C>
 QAT_AVX512 void OneRow(const Problem& q, int64_t m, int64_t n) {
   constexpr int P = 8 / Bits;
-  const int8_t* x = q.x + m * q.blocks * kBlock * P;
-  const uint8_t* w = q.w + n * q.blocks * kBlock;
-  __m512i sum[P];
-  for (int p = 0; p < P; ++p) sum[p] = _mm512_setzero_si512();
+  const int64_t stride = q.blocks * kBlock;
+  const int8_t* x = q.x + m * stride * P;
+  const uint8_t* w = q.w + n * stride;
+  __m512i mask[P], sum[C][P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    mask[p] = _mm512_set1_epi8((char)(((1 << Bits) - 1) << (Bits * p)));
+    asm("" : "+v"(mask[p]));  // Else it is read from memory in every turn.
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) sum[c][p] = _mm512_setzero_si512();
+  }
   for (int64_t b = 0; b < q.blocks; ++b, w += kBlock, x += kBlock * P) {
-    const __m512i v = _mm512_loadu_si512(w);
-    _mm_prefetch((const char*)(w + kAhead), _MM_HINT_T0);
+    __m512i v[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      v[c] = _mm512_loadu_si512(w + c * stride);
+      Prefetch(w + c * stride);
+    }
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-      const __m512i mask =
-          _mm512_set1_epi8((char)(((1 << Bits) - 1) << (Bits * p)));
       const __m512i xs = _mm512_loadu_si512(x + p * kBlock);
-      sum[p] = _mm512_dpbusd_epi32(sum[p], _mm512_and_si512(v, mask), xs);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        Accumulate(sum[c][p], _mm512_and_si512(v[c], mask[p]), xs);
+      }
     }
   }
-  __m512i total = sum[0];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    __m512i total = sum[c][0];
 #pragma GCC unroll 8
-  for (int p = 1; p < P; ++p) {
-    total = _mm512_add_epi32(total, _mm512_srai_epi32(sum[p], Bits * p));
+    for (int p = 1; p < P; ++p) {
+      total = _mm512_add_epi32(total, _mm512_srai_epi32(sum[c][p], Bits * p));
+    }
+    q.y[m * q.N + n + c] = q.step * Sum(total) + q.offset_M[m];
   }
-  q.y[m * q.N + n] = q.step * Sum(total) + q.offset_M[m];
 }
 
 // R rows of x and C columns: indices are shifted down once for all rows.
@@ -146,7 +166,10 @@ QAT_AVX512 void Rows(const Problem& q, int64_t m, int64_t n) {
   for (int64_t b = 0; b < q.blocks; ++b, w += kBlock, x += kBlock * P) {
     __m512i v[C];
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) v[c] = _mm512_loadu_si512(w + c * stride);
+    for (int c = 0; c < C; ++c) {
+      v[c] = _mm512_loadu_si512(w + c * stride);
+      Prefetch(w + c * stride);
+    }
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       __m512i u[C];
@@ -177,7 +200,7 @@ QAT_AVX512 void Columns(const Problem& q, int64_t n) {
   int64_t m = 0;
   for (; m + 4 <= q.M; m += 4) Rows<Bits, 4, C>(q, m, n);
   for (; m + 2 <= q.M; m += 2) Rows<Bits, 2, C>(q, m, n);
-  for (int c = 0; m < q.M && c < C; ++c) OneRow<Bits>(q, m, n + c);
+  if (m < q.M) OneRow<Bits, C>(q, m, n);
 }
 
 template <int Bits>

@@ -30,11 +30,39 @@ def matmul(
   Raises:
     ValueError: where `runs_here` is false.
   """
+  y_1MN = grouped_matmul(
+    x_MK[None], w_KN[None], jnp.zeros(1, jnp.int32), scale_M1, scale_1N
+  )
+  return y_1MN[0]
+
+
+def grouped_matmul(
+  x_GMK: jax.Array,
+  w_EKN: jax.Array,
+  expert_G: jax.Array,
+  scale_GM1: jax.Array,
+  scale_E1N: jax.Array,
+) -> jax.Array:
+  """Each group of rows times the matrix of its expert, scaled as in `matmul`.
+
+  Args:
+    x_GMK: int8.
+    w_EKN: int8.
+    expert_G: int32, from 0 to E - 1.
+    scale_GM1: float32, one for each row, or one.
+    scale_E1N: float32, for each expert one for each column, or one.
+
+  Returns:
+    float32 `[G, M, N]`.
+
+  Raises:
+    ValueError: where `runs_here` is false.
+  """
   native.number('avx512_vnni')
-  shape = (x_MK.shape[0], w_KN.shape[1])
+  shape = (*x_GMK.shape[:2], w_EKN.shape[2])
   call = jax.ffi.ffi_call(
     'qat_int8_matmul',
     jax.ShapeDtypeStruct(shape, jnp.float32),
     vmap_method='sequential',
   )
-  return call(x_MK, w_KN, scale_M1, scale_1N)
+  return call(x_GMK, w_EKN, expert_G, scale_GM1, scale_E1N)

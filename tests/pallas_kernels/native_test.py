@@ -137,6 +137,32 @@ def test_scaled_products_of_a_stack():
 
 
 @vnni
+@pytest.mark.parametrize(
+  'shape', [(5, 64, 40, 70), (1, 7, 33, 16), (9, 1, 8, 1)]
+)
+@pytest.mark.parametrize('fine', [False, True])
+def test_groups_meet_their_own_matrices_bit_for_bit(shape, fine):
+  groups, rows, inputs, outputs = shape
+  experts = 3
+  x, w = draw(groups * rows, inputs, experts * outputs)
+  x = x.reshape(groups, rows, inputs)
+  w = np.ascontiguousarray(w.reshape(inputs, experts, outputs).swapaxes(0, 1))
+  rng = np.random.default_rng(1)
+  expert = rng.integers(0, experts, groups).astype(np.int32)
+  of_rows = (groups, rows, 1) if fine else (1, 1, 1)
+  of_columns = (experts, 1, outputs if fine else 1)
+  scale_x, scale_w = (
+    rng.uniform(0.001, 1, size).astype(np.float32)
+    for size in (of_rows, of_columns)
+  )
+  found = scaled_matmul.grouped_matmul(
+    *map(jnp.asarray, (x, w, expert, scale_x, scale_w))
+  )
+  exact = (np.int32(x) @ np.int32(w)[expert]).astype(np.float32)
+  np.testing.assert_array_equal(found, exact * scale_w[expert] * scale_x)
+
+
+@vnni
 def test_calls_from_many_threads_end():
   # Each call wants threads that the others hold.
   x, w = draw(64, 512, 640)
@@ -163,4 +189,10 @@ def test_shapes_that_do_not_fit_are_an_error():
   with pytest.raises(jax.errors.JaxRuntimeError, match='do not fit'):
     scaled_matmul.matmul(
       jnp.ones((2, 3), jnp.int8), jnp.ones((4, 2), jnp.int8), one, one
+    ).block_until_ready()
+  x, w = jnp.ones((2, 1, 3), jnp.int8), jnp.ones((2, 3, 4), jnp.int8)
+  scales = jnp.ones((1, 1, 1)), jnp.ones((2, 1, 1))
+  with pytest.raises(jax.errors.JaxRuntimeError, match='no such matrix'):
+    scaled_matmul.grouped_matmul(
+      x, w, jnp.array([0, 2], jnp.int32), *scales
     ).block_until_ready()
