@@ -1,27 +1,30 @@
-# Every target makes its own environment, .venv, when there is none or when it
-# is not the one that setup.py and constraints.txt describe.
+# Every target makes its own environment, .venv (compile-check: .venv-compile),
+# when there is none or when it is not the one that setup.py and constraints.txt
+# describe.
 
 PYTHON ?= python3
 EXTRAS ?= test
+FOLDER := .venv
 ARGS ?=
 CONFIG ?= configs/pquant.py:tiny
 # configs/pquant.py:tiny -> runs/pquant-tiny
 WORKDIR ?= runs/$(subst :,-,$(subst .py,,$(notdir $(CONFIG))))
 
-VENV := .venv/bin/python
-# The stamp's name says what .venv was made from; the checkout's path is part of
-# it, because an editable install points there.
+VENV := $(FOLDER)/bin/python
+# The stamp's name says what the environment was made from; the checkout's path
+# is part of it, because an editable install points there.
 INPUTS := $(shell { $(PYTHON) -VV; echo '$(CURDIR) $(EXTRAS)'; \
   cat setup.py constraints.txt pallas_kernels/native/*.cc \
   pallas_kernels/native/*.h; } | cksum | cut -d ' ' -f 1)
-STAMP := .venv/made-from-$(INPUTS)
+STAMP := $(FOLDER)/made-from-$(INPUTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check format bench constraints clean
+.PHONY: help train test test-all check format bench compile-check constraints \
+  clean
 
 help:  ## This list.
 	@echo 'make TARGET [PYTHON=python3.12] [EXTRAS=test,gpu] [ARGS=...]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' \
 	  Makefile
 
 train: $(STAMP)  ## Pretrain; CONFIG=configs/<method>.py:<size>, WORKDIR=<folder>.
@@ -44,6 +47,23 @@ format: $(STAMP)  ## Mend what the linter can mend, and format.
 bench: $(STAMP)  ## Measure a training step.
 	$(VENV) scripts/bench.py train $(ARGS)
 
+# Kernels are compiled for each kind; steps of pQuant, 1.3B, for the large ones.
+KINDS := v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1,h200
+LARGE := --target=v5p:2x2x1,h200 --config=configs/pquant.py:1.3b
+CHECKS := checked-kernels checked-step checked-decode
+
+compile-check:  ## Compile kernels and steps for TPUs and GPUs, without any.
+	$(MAKE) --keep-going FOLDER=.venv-compile EXTRAS=tpu,gpu $(CHECKS)
+
+.PHONY: $(CHECKS)
+checked-kernels: $(STAMP)
+	$(VENV) scripts/compile_check.py --what=kernels --target=$(KINDS) --limit=600
+checked-step: $(STAMP)
+	$(VENV) scripts/compile_check.py $(LARGE) --config.data.batch_size=16
+checked-decode: $(STAMP)
+	$(VENV) scripts/compile_check.py --what=decode $(LARGE) \
+	  --config.data.batch_size=1
+
 constraints: python-is-new-enough  ## Renew constraints.txt; use the oldest Python.
 	$(PYTHON) -m venv --clear .venv
 	$(VENV) -m pip install --quiet --upgrade setuptools jaxlib
@@ -53,13 +73,14 @@ constraints: python-is-new-enough  ## Renew constraints.txt; use the oldest Pyth
 	mv .venv/constraints.txt constraints.txt
 
 clean:  ## Remove the environment and caches; never runs or data.
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-compile build dist *.egg-info .hypothesis \
+	  .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # setuptools comes first: what venv brings is too old for setup.py; and jaxlib,
 # whose headers the C++ extension includes.
 $(STAMP): | python-is-new-enough
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv --clear $(FOLDER)
 	$(VENV) -m pip install --quiet --constraint=constraints.txt \
 	  setuptools jaxlib
 	$(VENV) -m pip install --quiet --constraint=constraints.txt \

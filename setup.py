@@ -96,7 +96,10 @@ setuptools.setup(
       'pallas_kernels.native._native',
       sources=[
         f'{NATIVE}/{name}.cc'
-        for name in ('int8_matmul', 'packed_matmul', 'read_memory')
+        for name in (
+          *('bfloat16_matmul', 'int8_matmul', 'packed_matmul'),
+          'read_memory',
+        )
       ],
       depends=[f'{NATIVE}/parallel.h', f'{NATIVE}/variants.h'],
       language='c++',

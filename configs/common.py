@@ -169,7 +169,9 @@ def base(size: str) -> ConfigDict:
   # A power of two, of which parameters are multiples, so that a step can be
   # undone bit for bit; 0: none.
   zo.resolution = 0.0
-  zo.master = 'float32'  # Of what is trained, or 'bfloat16', rounded at random.
+  # Of what is trained, and of frozen kernels, embedding, head; or 'bfloat16',
+  # to which steps are rounded at random.
+  zo.master = 'float32'
 
   data = config.data = ConfigDict()
   # 'austen' is the embedded corpus, prepared on first use; else a folder made

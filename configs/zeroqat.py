@@ -26,9 +26,12 @@ stay packed, apart from those of queries and values, which are trained.
 
   python scripts/quantize.py --config=configs/ptq/omniquant.py:zeroqat-w2a16 \
       --config.latent=False --config.layers='block_\d+/(attn/(k|o)|ffn/.*)' \
+      --config.method.group_size=64 \
       --model=models/smollm2 --dataset=data/wiki --out=models/zeroqat-light
   python -m qat.main --config=configs/zeroqat.py:w2a16,light,task \
       --config.init.model=models/zeroqat-light ...
+
+(Groups of 128, the paper's, do not divide SmolLM2-135M's width of 576.)
 
 The baseline of first order, the same quantizers trained by backpropagation with
 straight-through gradients: 'w4a4,ste'. A size or a shape behind it all, as in
@@ -126,7 +129,8 @@ def get_config(variant: str = 'w4a4'):
   config.name = f'zeroqat-{variant.replace(",", "-")}'
   setting = SETTINGS[settings[0]]
   _quantization(config, setting, 'light' in words)
-  config.init.model = '' if shapes else f'models/zeroqat-{settings[0]}'
+  source = 'light' if 'light' in words else settings[0]
+  config.init.model = '' if shapes else f'models/zeroqat-{source}'
   config.init.quant = not shapes
 
   optim, zo = config.optim, config.zo
@@ -165,7 +169,11 @@ def _base(shape: str | None):
   if shape in common.SIZES:
     return common.base(shape)
   config = common.base('300m' if shape else 'tiny')
-  config.model.update(SHAPES[shape] if shape else {})
+  if shape:
+    config.model.update(SHAPES[shape])
+  else:
+    # As a model folder is evaluated: the run begins with the same losses.
+    config.model.dot_dtype = 'float32'
   config.model.scan_layers = True  # Deep models, compiled in seconds.
   return config
 

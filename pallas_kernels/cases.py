@@ -1,10 +1,9 @@
-"""One call or more of every kernel, as shapes: what compilers are tried on."""
+"""Calls of every kernel, as shapes: what compilers are tried on."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
+import dataclasses
 import functools
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -17,43 +16,71 @@ from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.packed_matmul import api as packed_matmul
 from pallas_kernels.quantized_train_matmul import api as quantized_train_matmul
 
-# Tokens: one and a few while generating, a ragged prompt, a long one.
-ROWS = (1, 8, 100, 2048)
-# Widths that are no multiple of a tile.
-INPUTS, OUTPUTS, NARROW, EXPERTS = 2000, 600, 200, 4
+# M, K, N: one token and a few while generating, a batch, many; whole tiles, and
+# widths that are no multiple of one.
+SHAPES = (
+  (1, 2000, 600),
+  (16, 2000, 600),
+  (128, 2048, 512),
+  (2048, 2000, 600),
+)
+TRAINING_SHAPES = SHAPES[2:]
+EXPERTS = 4
 
 
-class Case(NamedTuple):
-  """A call: `jax.jit(function).trace(*arguments).lower(...)`."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A call of one implementation.
 
-  name: str
-  function: Callable[..., Any]
-  arguments: tuple[Any, ...]
+  Attributes:
+    target: a platform and a chip; need not be there.
+    row: of `dispatch.TABLE`.
+    shape: M, K and N.
+    dtype: of the activations.
+    format: of the weights; '' where none are packed.
+  """
+
+  target: dispatch.Target
+  row: dispatch.Row
+  shape: tuple[int, int, int]
+  dtype: str
+  format: str
+
+  @property
+  def name(self) -> str:
+    """Of those for a target, this one's alone."""
+    row, shape = self.row, 'x'.join(map(str, self.shape))
+    parts = (row.kernel, row.name, self.format, self.dtype, shape)
+    return ' '.join(filter(None, parts))
+
+  @property
+  def flops(self) -> int:
+    """Multiplications and additions of the products that are asked for."""
+    rows, inputs, outputs = self.shape
+    return 2 * rows * inputs * int(outputs * _PRODUCTS[self.row.kernel])
+
+  def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function to jit, and its arguments, as shapes."""
+    function, arguments = _CALLS[self.row.kernel](self)
+    function = functools.partial(
+      function, implementation=self.row.name, target=self.target
+    )
+    return function, arguments
 
 
-def cases(target: dispatch.Target) -> Iterator[Case]:
+def cases(target: dispatch.Target) -> list[Case]:
   """The calls that must compile for a target: every row of the table for it.
 
-  Args:
-    target: a platform and a chip; need not be there.
-
-  Yields:
-    A name, a function and its arguments, as shapes. The 'reference', which is
-    for every platform, is not among them.
+  The 'reference', which is for every platform, is not among them.
   """
-  for row in dispatch.TABLE:
-    if row not in dispatch.rows_for(row.kernel, target):
-      continue
-    for rows in ROWS:
-      for dtype in row.dtypes:
-        for format in row.formats or ('',):
-          function, arguments = _CALLS[row.kernel](row, rows, dtype, format)
-          parts = row.kernel, row.name, format, dtype, f'M={rows}'
-          yield Case(
-            ' '.join(filter(None, parts)),
-            functools.partial(function, implementation=row.name, target=target),
-            arguments,
-          )
+  return [
+    Case(target, row, shape, dtype, format)
+    for row in dispatch.TABLE
+    if row in dispatch.rows_for(row.kernel, target)
+    for shape in _shapes(row.kernel)
+    for dtype in row.dtypes
+    for format in row.formats or ('',)
+  ]
 
 
 def packed(
@@ -67,39 +94,44 @@ def packed(
   return jax.eval_shape(pack, _array(shape, 'int8'), scale)
 
 
-def _packed_matmul(row, rows, dtype, format):
+def _shapes(kernel: str) -> tuple[tuple[int, int, int], ...]:
+  return TRAINING_SHAPES if kernel == 'quantized_train_matmul' else SHAPES
+
+
+def _packed_matmul(case: Case):
   call = functools.partial(packed_matmul.packed_matmul, out_dtype=jnp.bfloat16)
-  weights = packed(format, (INPUTS, OUTPUTS), row)
-  return call, (_array((rows, INPUTS), dtype), weights)
+  return call, (_inputs(case), packed(case.format, case.shape[1:], case.row))
 
 
-def _act_quant(row, rows, dtype, format):
+def _act_quant(case: Case):
   call = functools.partial(act_quant.act_quant, eps=1e-5)
-  return call, (_array((rows, INPUTS), dtype), _array((INPUTS,), 'float32'))
+  return call, (_inputs(case), _array((case.shape[1],), 'float32'))
 
 
-def _decoupled_ffn_up(row, rows, dtype, format):
+def _decoupled_ffn_up(case: Case):
+  _, inputs, outputs = case.shape
   return decoupled_ffn_up.decoupled_ffn_up, (
-    _array((rows, INPUTS), dtype),
-    packed(format, (INPUTS, OUTPUTS), row),
-    packed('int8', (INPUTS, NARROW), row),
+    _inputs(case),
+    packed(case.format, (inputs, outputs), case.row),
+    packed('int8', (inputs, outputs // 2), case.row),
   )
 
 
-def _grouped_matmul(row, rows, dtype, format):
+def _grouped_matmul(case: Case):
   return grouped_matmul.grouped_matmul, (
-    _array((rows, INPUTS), dtype),
-    packed(format, (EXPERTS, INPUTS, OUTPUTS), row),
-    _array((rows,), 'int32'),
+    _inputs(case),
+    packed(case.format, (EXPERTS, *case.shape[1:]), case.row),
+    _array(case.shape[:1], 'int32'),
   )
 
 
-def _quantized_train_matmul(row, rows, dtype, format):
+def _quantized_train_matmul(case: Case):
+  rows, inputs, outputs = case.shape
   return quantized_train_matmul.quantized_train_matmul, (
-    _array((rows, INPUTS), dtype),
+    _inputs(case),
     _array((rows, 1), 'float32'),
-    _array((INPUTS, OUTPUTS), 'float32'),
-    *(_array((1, n), 'float32') for n in (1, OUTPUTS)),
+    _array((inputs, outputs), 'float32'),
+    *(_array((1, n), 'float32') for n in (1, outputs)),
   )
 
 
@@ -110,6 +142,18 @@ _CALLS = {
   'grouped_matmul': _grouped_matmul,
   'quantized_train_matmul': _quantized_train_matmul,
 }
+# Products for each token, of K times N.
+_PRODUCTS = {
+  'packed_matmul': 1,
+  'act_quant': 0,
+  'decoupled_ffn_up': 1.5,
+  'grouped_matmul': 1,
+  'quantized_train_matmul': 1,
+}
+
+
+def _inputs(case: Case) -> jax.ShapeDtypeStruct:
+  return _array(case.shape[:2], case.dtype)
 
 
 def _array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:

@@ -156,7 +156,7 @@ TABLE: tuple[Row, ...] = (
   Row(
     *('packed_matmul', 'cpu', 'cpu'),
     dtypes=('int8',),
-    formats=('1bit', '2bit', 'int4'),
+    formats=_BITS,
     axis=-1,
     block=64,
     most_block=64,
@@ -184,6 +184,12 @@ TABLE: tuple[Row, ...] = (
     *('grouped_matmul', 'tpu', 'tpu', _TPUS, _CODES, _BITS),
     axis=-2,
     block=128,
+  ),
+  Row(
+    *('grouped_matmul', 'gpu', 'gpu', _HOPPER, _CODES, _BITS),
+    axis=-1,
+    block=128,
+    most_block=128,
   ),
   Row('grouped_matmul', 'reference'),
   Row('quantized_train_matmul', 'tpu', 'tpu', _TPUS, ('int8',)),

@@ -30,6 +30,7 @@ from qat.zo import rounding
 from qat.zo import spsa
 
 _ALL = '.*'
+_MATRICES = re.compile(r'(.*/)?(kernel|embedding|head|positions)')
 
 # (parameters, batch, mix) -> (what is minimized, (loss, routers)).
 Objective = Callable[..., tuple[jax.Array, tuple[jax.Array, dict]]]
@@ -81,18 +82,20 @@ def merge(trained: Any, frozen: Any) -> Any:
 def stored(config: ConfigDict, params: Any) -> Any:
   """Parameters in the dtypes they are trained in; for use inside jit.
 
-  What is trained is as `zo.master` says, all other floats are float32.
+  What is trained is as `zo.master` says, and so are matrices that are not; all
+  other floats, of which there are few, are float32.
   """
 
-  def cast(tree, dtype):
-    return jax.tree.map(
-      lambda leaf: leaf if composed.is_quantized(leaf) else leaf.astype(dtype),
-      tree,
-      is_leaf=composed.is_quantized,
-    )
+  def cast(keys, leaf):
+    path = perturb.path_name(keys)
+    if composed.is_quantized(leaf):
+      return leaf
+    small = not (is_trained(config, path) or _MATRICES.fullmatch(path))
+    return leaf.astype(jnp.float32 if small else config.zo.master)
 
-  trained, frozen = split(config, params)
-  return merge(cast(trained, config.zo.master), cast(frozen, jnp.float32))
+  return jax.tree_util.tree_map_with_path(
+    cast, params, is_leaf=composed.is_quantized
+  )
 
 
 def snapped(config: ConfigDict, params: Any) -> Any:
@@ -158,9 +161,8 @@ def moving(config: ConfigDict, objective: Objective) -> Callable:
       healthy=healthy,
     )
     healthy = measured.pop('healthy')
-    measured = {f'train/{name}': value for name, value in measured.items()}
-    measured |= {'train/lr': rate, 'train/weight_decay': decay}
-    return moved, measured | {'router': {}, 'healthy': healthy}
+    measured |= {'lr': rate, 'weight_decay': decay}
+    return moved, _logged(measured) | {'healthy': healthy}
 
   return move
 
@@ -182,27 +184,21 @@ def gradient(config: ConfigDict, objective: Objective) -> Callable:
 
   def by_spsa(trained, frozen, batch, mix, key):
     loss_fn = _loss(config, objective, frozen, batch, mix)
-    losses_q2 = spsa.losses(loss_fn, trained, key, options, lazy=True)
-    slopes_q, found = spsa.measure(losses_q2, options)
-    estimate = spsa.along(trained, key, slopes_q, _ALL)
-    measured = {f'train/{name}': value for name, value in found.items()}
-    return measured | {'router': {}}, estimate
+    found, estimate = spsa.gradient(loss_fn, trained, key, options, lazy=True)
+    return _logged(found), estimate
 
   def by_forward(trained, frozen, batch, mix, key):
-    loss, slopes_q = forward_gradient.slopes(
-      _loss(config, objective, frozen, batch, mix),
-      trained,
-      key,
-      forward_gradient.Options(options.directions, _ALL),
-    )
-    measured = {
-      'train/loss': loss,
-      'train/slope': jnp.sqrt(jnp.mean(jnp.square(slopes_q))),
-      'router': {},
-    }
-    return measured, spsa.along(trained, key, slopes_q, _ALL)
+    loss_fn = _loss(config, objective, frozen, batch, mix)
+    own = forward_gradient.Options(options.directions, _ALL)
+    found, estimate = forward_gradient.gradient(loss_fn, trained, key, own)
+    return _logged(found), estimate
 
   return by_spsa if config.optim.estimator == 'spsa' else by_forward
+
+
+def _logged(found: dict[str, jax.Array]) -> dict[str, Any]:
+  """Scalars as the log names them, of a step whose routers tell nothing."""
+  return {f'train/{name}': v for name, v in found.items()} | {'router': {}}
 
 
 def _backprop(config: ConfigDict, objective: Objective) -> Callable:

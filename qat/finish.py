@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from qat import carried
 from qat import display
 from qat import metrics
 from qat import report
 from qat import sensitivity
 from qat import sensitivity_files
 from qat import step as step_lib
+from qat import windows
 from qat.data import dataset as dataset_lib
 from qat.data import loader as loader_lib
 from qat.infer import generate
@@ -47,7 +49,7 @@ def bits_per_weight(params: Any, rules: rules_lib.Rules) -> float:
 
   def read(leaf):
     if composed.is_quantized(leaf):  # Of all processes, where there are more.
-      return jax.tree.map(np.asarray, leaf)
+      return carried.unpacked(jax.tree.map(np.asarray, leaf))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
   params = jax.tree.map(read, params, is_leaf=composed.is_quantized)
@@ -133,8 +135,9 @@ def study(
 def _samples(
   program: step_lib.Program, params: Any, dataset: dataset_lib.Dataset
 ) -> list[dict[str, Any]]:
-  """A continuation of each of the config's prompts."""
+  """A continuation of each of the config's prompts, begun as texts begin."""
   c = program.config.sample
+  start = windows.begin(program.config, dataset.tokenizer, dataset.eot_id)
   model, params = transformer.unscanned(program.model, params)
   samples = []
   for prompt in c.prompts:
@@ -142,7 +145,7 @@ def _samples(
     new = generate.generate(
       model,
       params,
-      [dataset.eot_id, *ids],
+      [*start, *ids] or [dataset.eot_id],
       tokens=c.tokens,
       temperature=c.temperature,
       top_k=c.top_k,

@@ -19,12 +19,12 @@ import numpy as np
 
 from qat import carried
 from qat import config as config_lib
+from qat import initial_checks
 from qat import manifest
 from qat.data import dataset as dataset_lib
 from qat.infer import load
 from qat.interop import folder as folder_lib
 from qat.nn import stacked
-from qat.nn import transformer
 from qat.quant import composed
 from qat.quant import rules as rules_lib
 
@@ -105,26 +105,38 @@ def find(
   if numbered(checkpoints) or numbered(checkpoints, '.corrupt'):
     return Start(None, carried.saved(checkpoints), '')
   if not config.init.model:
+    if config.optim.estimator != 'backprop':  # Which trains all there is.
+      fresh = stacked.unstacked(carried.shapes(config))
+      initial_checks.check_latent(config, fresh)
     return Start(None, {}, '')
   try:
     source = load.load_model(config.init.model, None)
   except (ValueError, FileNotFoundError) as error:
-    raise _error(config, str(error)) from error
-  _check_tokenizer(config, source, dataset)
-  params = parameters(config, source)
+    raise initial_checks.error(config, str(error)) from error
+  initial_checks.check_tokenizer(config, source, dataset)
+  initial_checks.check_rules(config, source)
+  params, again = parameters(config, source)
+  initial_checks.check_latent(config, params)
   if config.model.scan_layers:
     try:
       params = stacked.stacked(params)
     except ValueError as error:
-      raise _error(
+      raise initial_checks.error(
         config, f'{error} Set config.model.scan_layers=False.'
       ) from error
+  params = carried.packed(params)
   described = carried.describe(params)
   if described:
-    _check_frozen(config, described)
+    initial_checks.check_frozen(config, described)
   step = source.source.get('step')
   at = '' if step is None else f', step {step}'
   words = f'Starting with the parameters of {config.init.model}{at}.'
+  if again:
+    words += (
+      f' What the quantizers of {len(again)} of its matrices have learned is'
+      ' of no use to those of this run, which start again from the matrices:'
+      f' {again[0]}, for one.'
+    )
   return Start(params, described, words)
 
 
@@ -150,7 +162,9 @@ def place(start: Start, abstract: Any) -> Any | None:
   return jax.tree.map(one, start.params, abstract.params)
 
 
-def parameters(config: ConfigDict, source: load.Loaded) -> dict[str, Any]:
+def parameters(
+  config: ConfigDict, source: load.Loaded
+) -> tuple[dict[str, Any], list[str]]:
   """The parameters that a run begins with, by layer.
 
   What the run's quantizers learn is the source's where it learned the same,
@@ -161,22 +175,24 @@ def parameters(config: ConfigDict, source: load.Loaded) -> dict[str, Any]:
     source: the model that it starts from.
 
   Returns:
-    float32 arrays of NumPy, and quantized matrices of such.
+    float32 arrays of NumPy, and quantized matrices of such; and the layers
+    whose quantizers start again, though those of the source have learned.
 
   Raises:
     ConfigError: names the parameters that do not fit, and the matrices that
       would be quantized twice.
   """
-  model = transformer.build(
-    config, jax.default_backend(), jax.local_device_count()
-  )
-  shapes = stacked.unstacked(transformer.abstract_params(model))
+  rules = rules_lib.make_rules(config.quant.rules, config.quant.specs)
   there = folder_lib.flat(source.params)
-  found, lines = {}, []
-  for path, wanted in folder_lib.flat(shapes).items():
+  found, again, lines = {}, {}, []
+  for path, wanted in folder_lib.flat(
+    stacked.unstacked(carried.shapes(config))
+  ).items():
     layer, _, name = path.rpartition('/')
     kernel = there.get(f'{layer}/kernel')
-    spec = None if kernel is None else model.rules.find(layer)
+    spec = its = None
+    if kernel is not None:
+      spec, its = rules.find(layer), source.model.rules.find(layer)
     if composed.is_quantized(kernel) and spec.weight != 'none':
       if name == 'kernel':
         lines.append(
@@ -186,10 +202,12 @@ def parameters(config: ConfigDict, source: load.Loaded) -> dict[str, Any]:
     elif (
       spec is not None
       and name in spec.parameters
-      and not _learns_alike(spec, source.model.rules.find(layer))
+      and not _learns_alike(spec, its)
     ):
       kernel = jnp.asarray(kernel, jnp.float32)
       found[path] = np.asarray(spec.start(kernel)[name])
+      if its.parameters:
+        again[layer] = True
     elif path not in there:
       lines.append(f'{path}: missing there, {list(wanted.shape)} here')
     elif tuple(there[path].shape) != wanted.shape:
@@ -199,21 +217,22 @@ def parameters(config: ConfigDict, source: load.Loaded) -> dict[str, Any]:
       found[path] = jax.tree.map(np.asarray, there[path])
   if lines:
     shown = lines[:_SHOWN] + ['...'] * (len(lines) > _SHOWN)
-    raise _error(
+    raise initial_checks.error(
       config,
       f'{len(lines)} of its parameters are not those of this run:\n  '
       + '\n  '.join(shown),
     )
-  return folder_lib.nested(found)
+  return folder_lib.nested(found), [*again]
 
 
 def _learns_alike(a: rules_lib.Spec, b: rules_lib.Spec) -> bool:
   """Whether what a quantizer has learned is of use to the other."""
-  return (a.weight, a.granularity, a.group_size) == (
-    b.weight,
-    b.granularity,
-    b.group_size,
-  )
+
+  def learns(spec: rules_lib.Spec) -> tuple[str, str, int]:
+    grouped = spec.granularity == 'group'
+    return spec.weight, spec.granularity, spec.group_size if grouped else 0
+
+  return learns(a) == learns(b)
 
 
 def _source_config(name: str) -> ConfigDict:
@@ -232,43 +251,3 @@ def _source_config(name: str) -> ConfigDict:
     raise config_lib.ConfigError(
       f'config.init.model={name!r}: {error}'
     ) from error
-
-
-def _check_tokenizer(
-  config: ConfigDict, source: load.Loaded, dataset: dataset_lib.Dataset
-) -> None:
-  """Refuses data whose token ids mean something else to the model."""
-  mine, its = (
-    tokenizer.get_vocab(with_added_tokens=True)
-    for tokenizer in (dataset.tokenizer, source.tokenizer)
-  )
-  if mine == its:
-    return
-  own = pathlib.Path(config.init.model)
-  if source.dataset is not None:
-    own = source.dataset.path
-  end = source.tokenizer.id_to_token(source.end)
-  raise _error(
-    config,
-    f'{dataset.path} has another tokenizer ({len(mine)} tokens) than the model'
-    f' ({len(its)}), so its token ids mean something else. Prepare the text'
-    f' with scripts/prepare_data.py --tokenizer {own / dataset_lib.TOKENIZER}'
-    f' --end-of-text {end!r}, and give the folder as config.data.dataset.',
-  )
-
-
-def _check_frozen(config: ConfigDict, described: carried.Description) -> None:
-  """Refuses an estimator that would train all there is."""
-  if config.optim.estimator == 'backprop':
-    raise _error(
-      config,
-      f'{min(described)} was quantized after training, and has no gradient.'
-      ' Start from a float model, or train the other parameters with'
-      " config.optim.estimator='spsa' (config.zo).",
-    )
-
-
-def _error(config: ConfigDict, text: str) -> config_lib.ConfigError:
-  return config_lib.ConfigError(
-    f'config.init.model={config.init.model!r}: {text}'
-  )

@@ -169,6 +169,9 @@ def score(
   longest: int,
   label: str,
   hurry: Callable[[], object] = lambda: False,
+  limit: Callable[[], contextlib.AbstractContextManager] = (
+    contextlib.nullcontext
+  ),
 ) -> list[Score]:
   """Scores requests.
 
@@ -183,6 +186,7 @@ def score(
     longest: as in `encode`; nothing is padded beyond it.
     label: what the progress is called; '': none is shown.
     hurry: asked between batches; true ends the scoring without a result.
+    limit: makes what each batch is computed within, a time limit say.
 
   Returns:
     The scores, in the order of the requests; in a hurry, none.
@@ -200,7 +204,8 @@ def score(
         return []
       tokens_BT, *rest = _fill([requests[i] for i in members], rows, length)
       batch = _spread(tokens_BT, mesh), *rest
-      nats_S, greedy_S = jax.device_get(step(params, *batch))
+      with limit():
+        nats_S, greedy_S = jax.device_get(step(params, *batch))
       at = 0
       for i in members:
         own = slice(at, at + requests[i].scored)

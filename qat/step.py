@@ -31,8 +31,8 @@ class State(NamedTuple):
 
   Attributes:
     step: int32, optimizer steps made.
-    params: master weights: float32, or what is trained bfloat16 (`zo.master`);
-      matrices that were quantized after training stay as they are.
+    params: master weights: float32, or as `zo.master` says; matrices that were
+      quantized after training stay as they are, codes of 2 and 4 bits packed.
     opt_state: of the optax chain; () where parameters are moved in place.
     rng: key data of the run, for steps that draw random numbers: the noise of
       a router, directions.

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from pallas_kernels import dispatch
+
 # Bytes of memory that a program may use on a device of jax, from the makers'
 # pages. A chip of TPU7x is two devices, of the others one.
 MEMORY = {
@@ -65,6 +67,13 @@ class Target:
   def is_gpu(self) -> bool:
     """Whether it is a GPU; else it is a TPU."""
     return self.kind == 'h200'
+
+  @property
+  def kernels(self) -> dispatch.Target:
+    """One of its devices, as the table of kernels has it."""
+    if self.is_gpu:
+      return dispatch.Target('gpu', '9.0')
+    return dispatch.Target('tpu', self.kind)
 
 
 def parse(name: str) -> Target:

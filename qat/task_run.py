@@ -108,17 +108,18 @@ def evaluator(
   ) -> dict[str, float]:
     if not parts:
       return {}
-    with guard.time_limit(f'the task, {name}', config.train.timeout_s):
-      found = measure(
-        step,
-        params,
-        mesh,
-        parts[name],
-        batch_tokens=config.eval.batch_size * config.data.seq_len,
-        longest=config.data.seq_len,
-        label='',
-        hurry=hurry,
-      )
+    what = f'A batch of the task, {name}'
+    found = measure(
+      step,
+      params,
+      mesh,
+      parts[name],
+      batch_tokens=config.eval.batch_size * config.data.seq_len,
+      longest=config.data.seq_len,
+      label='',
+      hurry=hurry,
+      limit=lambda: guard.time_limit(what, config.train.timeout_s),
+    )
     return {f'task/{name}/{key}': value for key, value in found.items()}
 
   return evaluate
@@ -133,9 +134,11 @@ def measure(
   batch_tokens: int,
   longest: int,
   label: str,
-  hurry: Callable[[], object] = lambda: False,
+  **between: Callable[[], Any],
 ) -> dict[str, float]:
   """Scores a task's documents; the arguments are those of `scores.score`.
+
+  `between` are its `hurry` and `limit`.
 
   Returns:
     Nothing, in a hurry; else the measures of `tasks.results`, and 'loss': -log
@@ -150,7 +153,7 @@ def measure(
     batch_tokens=batch_tokens,
     longest=longest,
     label=label,
-    hurry=hurry,
+    **between,
   )
   if not scored:
     return {}

@@ -154,14 +154,14 @@ def study(
     leaf_keys = perturb.leaf_keys(trained, perturb.wrap_key(key_data), '.*')
     z = {k: noise.normal(leaf_keys[k], v.shape)[0] for k, v in trained.items()}
     totals = [jax.tree.map(lambda t, z: t + slope * z, t, z) for t in totals]
-    return totals, _dot(gradient, z)
+    return totals, alignment.dot(gradient, z)
 
   slopes = {e: np.zeros(directions) for e in eps}
   through = np.zeros(directions)
   cosine = jax.jit(alignment.cosine)
   totals = {q: _zeros(trained) for q in groups}
   found = {q: [] for q in groups}
-  norm = float(jnp.sqrt(_dot(gradient, gradient)))
+  norm = float(jnp.sqrt(alignment.dot(gradient, gradient)))
   for j in range(directions):
     key_data = jax.random.key_data(keys[j])
     for i, e in enumerate(eps):
@@ -226,9 +226,3 @@ def _cosines(q: int, found: Sequence[float], size: int) -> Cosines:
 
 def _zeros(trained: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   return {k: jnp.zeros(v.shape, jnp.float32) for k, v in trained.items()}
-
-
-def _dot(a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]) -> jax.Array:
-  return sum(
-    (jnp.vdot(a[k], b[k].astype(jnp.float32)) for k in a), jnp.float32(0)
-  )

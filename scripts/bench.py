@@ -1,4 +1,4 @@
-"""Measures training steps (`train`) and packed products (`kernels`, on CPUs).
+"""Measures training steps, packed products (on CPUs), and packed models.
 
   python scripts/bench.py train
   python scripts/bench.py train --methods=plain,bitnet --rounds=12 --json=b.json
@@ -6,6 +6,8 @@
       --heads=16 --seq-len=512 --batch=8
   python scripts/bench.py train --size=300m --batch=8   # On an accelerator.
   python scripts/bench.py kernels
+  python scripts/bench.py decode --size=300m --json=d.json
+  python scripts/bench.py prefill --size=300m --batch=4
 
 Every round runs one step of each variant in turn, so that a slow moment of the
 machine meets all of them; ratios are taken round by round. `plain` is BitNet in
@@ -23,11 +25,8 @@ import argparse
 from collections.abc import Callable
 import datetime
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import time
 from typing import Any
 from typing import NamedTuple
@@ -45,11 +44,13 @@ from configs import common
 from configs import fp
 from configs import pquant
 from pallas_kernels import measure
+from qat import benchmarks
 from qat import display
 from qat import flops
 from qat import optim
 from qat import sharding
 from qat import step as step_lib
+from qat.infer import measure as measure_models
 from qat.nn import reference
 from qat.nn import transformer
 
@@ -137,8 +138,7 @@ def _plain(args: argparse.Namespace) -> Variant:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
   """Times the training steps; returns and prints what was measured."""
-  # Wide enough for the table where nobody says how wide it may be.
-  console = rich_console.Console(width=None if sys.stdout.isatty() else 110)
+  console = benchmarks.console()
   variants = []
   for name in args.methods.split(','):
     with console.status(f'Compiling {name}'):
@@ -186,9 +186,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
       - memory.alias_size_in_bytes,
     }
   result = {
-    'machine': _machine(),
+    'machine': benchmarks.machine(),
     'date': datetime.date.today().isoformat(),
-    'commit': _commit(),
+    'commit': benchmarks.commit(),
     'jax': jax.__version__,
     'arguments': {k: v for k, v in vars(args).items() if k != 'json'},
     'peak_flops': peak,
@@ -233,45 +233,23 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
   Raises:
     ValueError: without the C++ extension.
   """
-  rows = list(measure.packed_products(args.rounds))
-  table = rich_table.Table(title=f'{_machine()}, jax {jax.__version__}')
-  for name in rows[0]:
-    table.add_column(name, justify='right', no_wrap=True)
-  for row in rows:
-    cells = [display.count(v) if _large(v) else v for v in row.values()]
-    cells = [f'{v:.3g}' if isinstance(v, float) else str(v) for v in cells]
-    table.add_row(*cells)
-  rich_console.Console(width=None if sys.stdout.isatty() else 110).print(table)
-  return {'machine': _machine(), 'commit': _commit(), 'rows': rows}
+  return benchmarks.show(list(measure.packed_products(args.rounds)))
 
 
-def _large(value: Any) -> bool:
-  return isinstance(value, (int, float)) and value >= 10_000
-
-
-def _machine() -> str:
-  device = jax.devices()[0]
-  if device.platform != 'cpu':
-    return device.device_kind
-  for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
-    if line.startswith('model name'):
-      return f'{line.split(":")[1].strip()}, {len(_cpus())} cores'
-  return platform.processor()
-
-
-def _cpus() -> set[int]:
-  return os.sched_getaffinity(0)
-
-
-def _commit() -> str:
-  found = subprocess.run(
-    ['git', 'describe', '--always', '--dirty'],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parent,
-    check=False,
+def models(args: argparse.Namespace) -> dict[str, Any]:
+  """Times packed models, and full precision; returns and prints the figures."""
+  configs = {name: METHODS[name] for name in ('pquant', 'bitnet', 'fp')}
+  made = {n: m.get_config(args.size) for n, (m, _) in configs.items()}
+  decode = args.what == 'decode'
+  rows = measure_models.speeds(
+    made,
+    batch=args.batch,
+    prompt=args.prompt or (16 if decode else 512),
+    tokens=64 if decode else 1,
+    rounds=args.rounds,
+    cache=args.cache,
   )
-  return found.stdout.strip() or 'unknown'
+  return benchmarks.show(list(rows))
 
 
 def main(argv: list[str]) -> int:
@@ -283,6 +261,14 @@ def main(argv: list[str]) -> int:
   command = commands.add_parser('kernels')
   command.add_argument('--rounds', type=int, default=30)
   command.add_argument('--json', help='also write the result to this file')
+  for what in ('decode', 'prefill'):
+    command = commands.add_parser(what)
+    command.add_argument('--size', default='300m', choices=common.SIZES)
+    command.add_argument('--batch', type=int, default=1, help='texts at once')
+    command.add_argument('--prompt', type=int, help='tokens of a prompt')
+    command.add_argument('--rounds', type=int, default=5)
+    command.add_argument('--cache', help='of keys and values: int8, ...')
+    command.add_argument('--json', help='also write the result to this file')
   command = commands.add_parser(
     'train', formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
@@ -318,7 +304,10 @@ def main(argv: list[str]) -> int:
     )
   command.add_argument('--json', help='also write the result to this file')
   args = parser.parse_args(argv)
-  result = kernels(args) if args.what == 'kernels' else _train(parser, args)
+  if args.what == 'train':
+    result = _train(parser, args)
+  else:
+    result = kernels(args) if args.what == 'kernels' else models(args)
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + '\n')
   return 0

@@ -1,4 +1,4 @@
-r"""Continues a prompt with a run's newest checkpoint; text appears as it grows.
+r"""Continues a prompt with a model; text appears as it grows.
 
   python scripts/generate.py --workdir runs/pquant-tiny --prompt 'It is a truth'
   python scripts/generate.py --workdir runs/pquant-tiny --prompt 'She was' \
@@ -6,9 +6,14 @@ r"""Continues a prompt with a run's newest checkpoint; text appears as it grows.
   python scripts/generate.py --workdir runs/pquant-tiny --prompt '' --num 3
   head -c 500 letter.txt | \
       python scripts/generate.py --workdir runs/pquant-tiny --prompt -
+  python scripts/generate.py --workdir runs/pquant-tiny --prompt 'She was' \
+      --packed --num 4 --batch 4
 
-What is not given is as in the run's config.sample. The same seed gives the same
-text. An empty prompt begins a new document.
+The model is a run's newest checkpoint, or a model folder. What is not given is
+as in its config.sample. The same seed gives the same text. An empty prompt
+begins a new document. With --packed quantized matrices are packed first, and
+multiplied as packed bytes; the text is the same, but for rounding
+(docs/kernels.md).
 """
 
 from qat import launch
@@ -17,6 +22,7 @@ if __name__ == '__main__':
   launch.tune_malloc()
 
 import argparse
+import collections
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -27,9 +33,11 @@ import sys
 import tokenizers
 
 from qat import manifest
+from qat import windows
 from qat.data import progress
 from qat.infer import generate
 from qat.infer import load
+from qat.infer import pack
 
 # What a decoder makes of bytes that are no UTF-8, or not yet.
 _UNKNOWN = '\N{REPLACEMENT CHARACTER}'
@@ -52,29 +60,63 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
-  if options.num < 1:
-    raise ValueError(f'--num {options.num}: at least 1.')
+  for name in ('num', 'batch'):
+    if getattr(options, name) < 1:
+      raise ValueError(f'--{name} {getattr(options, name)}: at least 1.')
   prompt = sys.stdin.read() if options.prompt == '-' else options.prompt
-  run = load.load_run(options.workdir)
-  defaults = run.config.sample
+  model = load.load_model(options.workdir, None, by_layer=not options.packed)
+  if options.packed:
+    model = pack.pack(model)
+  defaults = model.config.sample
   prompts = defaults.prompts if prompt is None else (prompt,)
   chosen = {
     name: defaults[name] if (given := getattr(options, name)) is None else given
     for name in ('tokens', 'temperature', 'top_k', 'top_p')
   }
-  texts = [(p, options.seed + i) for p in prompts for i in range(options.num)]
-  for number, (prompt, seed) in enumerate(texts):
-    if number:
-      print('-' * 20)
-    # As in training: a document follows an end of text.
-    eot = run.dataset.eot_id
-    ids = [eot, *_encode(run.dataset.tokenizer, prompt)]
-    new = generate.generate(
-      run.model, run.params, ids, **chosen, seed=seed, stop=eot
+  begin = windows.start(model)
+  texts = []
+  for prompt in prompts:
+    ids = begin + _encode(model.tokenizer, prompt)
+    # What a tokenizer puts before a text may be nothing.
+    ids = ids or [model.begin]
+    texts += [(ids, options.seed + i) for i in range(options.num)]
+  for number in range(0, len(texts), options.batch):
+    several, seeds = zip(*texts[number : number + options.batch], strict=True)
+    rows = generate.batch(
+      *(model.model, model.params, several),
+      **chosen,
+      seeds=seeds,
+      stop=model.end,
+      cache=options.cache,
     )
-    for piece in pieces(run.dataset.tokenizer, ids, new):
-      print(piece, end='', flush=True)
-    print()
+    texts_of = zip(several, _columns(rows, len(several)), strict=True)
+    for i, (ids, new) in enumerate(texts_of):
+      if number + i:
+        print('-' * 20)
+      for piece in pieces(model.tokenizer, ids, new):
+        print(piece, end='', flush=True)
+      print()
+
+
+def _columns(
+  rows: Iterator[list[int | None]], width: int
+) -> Iterator[Iterator[int]]:
+  """The texts of a batch, one after the other; the first as it grows."""
+  kept = [collections.deque() for _ in range(width)]
+
+  def column(i: int) -> Iterator[int]:
+    while True:
+      while not kept[i]:
+        row = next(rows, None)
+        if row is None:
+          return
+        for mine, token in zip(kept, row, strict=True):
+          mine.append(token)
+      if (token := kept[i].popleft()) is None:
+        return  # This text has ended; the others go on.
+      yield token
+
+  return map(column, range(width))
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -131,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     type=pathlib.Path,
     required=True,
     metavar='DIR',
-    help='folder of the run (qat.main --workdir)',
+    help='folder of the run (qat.main --workdir), or a model folder',
   )
   add(
     '--prompt',
@@ -173,6 +215,25 @@ def _parser() -> argparse.ArgumentParser:
     default=1,
     metavar='N',
     help='texts for each prompt (default: %(default)s)',
+  )
+  add(
+    '--batch',
+    type=int,
+    default=1,
+    metavar='N',
+    help='texts that are computed at once; the first appears as it grows'
+    ' (default: %(default)s)',
+  )
+  add(
+    '--packed',
+    action='store_true',
+    help='pack the quantized matrices, unless they are, and multiply them so',
+  )
+  add(
+    '--cache',
+    choices=generate.CACHES,
+    help='of keys and values; int8 has a scale for each token and head'
+    ' (default: model.dot_dtype)',
   )
   return parser
 

@@ -9,19 +9,25 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from qat import carried
+from qat import config as config_lib
 from qat import finish
 from qat import flops
 from qat import health
 from qat import restore
 from qat import sharding
+from qat.interop import folder
 from qat.nn import capture
 from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import composed
+from qat.quant import packed
 from qat.quant import packing
 from qat.quant import qtensor
+from qat.quant import rules as rules_lib
 from tests import clean
+from tests import starts
 from tests import states
 from tests import tiny
 
@@ -80,6 +86,10 @@ def leaf(kind: str) -> composed.Quantized:
     ),
     'TwoLevel': lambda: composed.TwoLevel(
       integers(K, N), levels(), 'int4', floats(2, N)
+    ),
+    'PackedMatrix': lambda: packed.pack(
+      qtensor.QTensor(integers(K, N), floats(1, N), 'int4'),
+      dispatch.Target('cpu'),
     ),
   }[kind]()
 
@@ -159,6 +169,71 @@ def test_layers_are_stacked_where_they_are_of_one_form():
   with pytest.raises(ValueError, match='None'):
     stacked.stacked(clean.params(clean.config()) | {'block_1': shorter})
   assert stacked.stacked({'embed': 1}) == {'embed': 1}
+
+
+@pytest.mark.parametrize(
+  ('kind', 'bits'),
+  [
+    *(('QTensor', [4]), ('Sum', [4, 4]), ('Clustered', [4])),
+    *(('MixedBits', [2]), ('Binarized', []), ('TwoLevel', [4])),
+  ],
+)
+def test_codes_lie_as_many_to_a_byte_as_fit(kind, bits):
+  before = jax.tree.map(np.asarray, leaf(kind))
+  after = carried.packed({'kernel': before})['kernel']
+  read = jax.jit(lambda leaf: leaf.dequantize())
+  sizes = [
+    read.lower(leaf).compile().memory_analysis().argument_size_in_bytes
+    for leaf in (before, after)
+  ]
+  # Of int8, each of them had 8.
+  assert sizes[0] - sizes[1] == sum(8 - b for b in bits) * K * N / 8
+  np.testing.assert_array_equal(after.dequantize(), before.dequantize())
+  starts.same(carried.unpacked(after), before)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_frozen_matrices_are_described_from_shapes(scan):
+  fields = {
+    'model.n_layers': 2,
+    'model.scan_layers': scan,
+    'quant.specs.integer.weight': 'lwc4',
+    'quant.specs.integer.activation': 'int4_asym',
+    'quant.specs.integer.granularity': 'channel',
+  }
+  config = tiny.config('integer', fields)
+  assert carried.described_from_shapes(config)[1] == {}, 'All are trained.'
+  light = {
+    'optim.estimator': 'spsa',
+    'optim.optimizer': 'sgd',
+    'optim.clip_norm': 0.0,
+    'zo.perturbed': r'.*/(q|v)/kernel',
+  }
+  config = tiny.config('integer', {**fields, **light})
+  # How parameters are split changes nothing, and there is no mesh yet.
+  split = tiny.config('integer', {**fields, **light, 'mesh.fsdp': 2})
+  changed, described = carried.described_from_shapes(split)
+  config_lib.check(changed, devices=2)
+  rules = rules_lib.make_rules(changed.quant.rules, changed.quant.specs)
+  made = {}
+  spec = rules_lib.Spec('lwc4', 'int4_asym', 'channel')
+  for path, layer in rules_lib.layers(clean.params(config)).items():
+    weight = 'lwc4'
+    if path[-2:] not in ('/q', '/v'):
+      weight = 'none'
+      whole = jax.tree.map(np.asarray, spec.quantize(layer))
+      made[f'{path}/kernel'] = carried.packed({'kernel': whole})['kernel']
+    found = rules.find(stacked.one_layer(path))
+    assert (found.weight, found.activation) == (weight, 'int4_asym')
+  assert len(made) == (5 if scan else 10)
+  assert described == carried.describe(folder.nested(made))
+  shapes = carried.with_shapes(carried.shapes(changed), described)
+  layers = rules_lib.layers(shapes)
+  for path, layer in layers.items():
+    frozen = f'{path}/kernel' in described
+    assert len(layer) == (1 if frozen else 3)
+    if frozen:
+      assert layer['kernel'].codes.dtype == jnp.int4
 
 
 def test_what_a_run_says_of_them():

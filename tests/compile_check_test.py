@@ -1,4 +1,4 @@
-"""scripts/compile_check.py: what it prints, refuses, and passes on."""
+"""scripts/compile_check.py: what it asks, prints and refuses."""
 
 import json
 import pathlib
@@ -8,9 +8,10 @@ import sys
 import jax
 import pytest
 
+from qat import probe
 from qat import targets
 from scripts import compile_check
-from tests import tiny
+from tests import probe_tables_test
 
 # ml_collections loads a config file in a way that Python 3.12 has given up.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
@@ -43,12 +44,29 @@ def refused(capsys, *arguments):
   return printed.err
 
 
+@pytest.fixture
+def asked(monkeypatch):
+  """What is asked, of a probe that answers by the target."""
+  calls = []
+
+  def ask(target, command, seconds):
+    calls.append((target.name, command, seconds))
+    error = None if target.is_gpu else 'no room'
+    found = probe_tables_test.STEP | probe_tables_test.KERNEL
+    del found['case']
+    return found | {'target': target.name, 'error': error}
+
+  monkeypatch.setattr(targets, 'missing', lambda _: None)
+  monkeypatch.setattr(probe, 'ask', ask)
+  return calls
+
+
 def test_help(capsys):
   with pytest.raises(SystemExit) as end:
     compile_check.main(['--help'])
   assert end.value.code == 0
   text = capsys.readouterr().out
-  for part in ('--target', '--json', '--config', 'NOTHING IS RUN'):
+  for part in ('--target', '--json', '--config', 'NOTHING IS RUN', '--limit'):
     assert part in text
 
 
@@ -67,7 +85,7 @@ def test_a_missing_compiler_is_told_before_anything_is_compiled(
   capsys, monkeypatch
 ):
   monkeypatch.setattr(targets.importlib.util, 'find_spec', lambda _: None)
-  monkeypatch.setattr(compile_check, '_in_a_process', None)
+  monkeypatch.setattr(probe, 'ask', None)
   error = refused(capsys, CONFIG, '--target=v5e:2x2,h200,v5e:2x2')
   lines = error.splitlines()
   assert len(lines) == 2
@@ -78,111 +96,58 @@ def test_a_missing_compiler_is_told_before_anything_is_compiled(
 @pytest.mark.parametrize(
   ('arguments', 'expected'),
   [
-    (['--target=v9:2x2'], "No target 'v9:2x2'"),
-    (['--target=h200', '--config.model.nonsense=3'], 'nonsense'),
-    (['--target=h200', 'nonsense'], 'unknown arguments nonsense'),
-    (['--target=h200', '--nonsense=1'], 'nonsense'),
+    ([CONFIG, '--target=v9:2x2'], "No target 'v9:2x2'"),
+    ([CONFIG, '--target=h200', '--config.model.nonsense=3'], 'nonsense'),
+    ([CONFIG, '--target=h200', 'nonsense'], 'unknown arguments nonsense'),
+    ([CONFIG, '--target=h200', '--nonsense=1'], 'nonsense'),
     (['--target=h200', '--config=configs/pquant.py:9b'], "No size '9b'"),
     (['--target=h200', '--config=nowhere.py'], 'nowhere.py'),
+    (['--target=h200'], '--what=train_step needs a --config'),
+    ([CONFIG, '--target=h200', '--only=act'], "--only='act'"),
+    (['--what=decode', '--target=h200', CONFIG, '--compare'], '--compare'),
+    (['--what=kernels', '--target=h200', CONFIG], 'takes no config'),
+    (['--what=kernels', '--target=h200', '--config.a=1'], '--config.a=1'),
+    (['--what=kernels', '--target=h200', '--compare'], '--compare'),
+    (['--what=kernels', '--target=h200', '--only=('], "--only='('"),
+    (['--what=kernels', '--target=h200', '--only=tpu'], 'leaves no case'),
   ],
 )
-def test_a_wrong_argument_is_told(capsys, arguments, expected):
-  assert expected in refused(capsys, CONFIG, *arguments)
-
-
-class FakeDevices:
-  """Devices of this process in the place of a target's."""
-
-  def __init__(self, count):
-    self.count = count
-
-  def __call__(self, target):
-    return jax.devices()[: self.count]
-
-
-@pytest.mark.parametrize('devices', [1, 4])
-def test_the_real_step_is_compiled(monkeypatch, devices):
-  monkeypatch.setattr(targets, 'devices', FakeDevices(devices))
-  config = tiny.config(
-    'pquant', {'model.scan_layers': True, 'mesh.fsdp': devices}
-  )
-  with tiny.compiled_quickly():
-    alone = devices == 1
-    found = compile_check.probe(config, targets.parse('v5e:2x2'), compare=alone)
-  json.dumps(found)
-  assert found['error'] is None and found['devices'] == devices
-  assert found['mesh'] == {'data': 1, 'fsdp': devices}
-  assert found['tokens_per_device'] == 8 * 16 // devices
-  assert found['argument_bytes'] > 0 and found['temporary_bytes'] > 0
-  assert bool(found['collectives']) == (devices > 1)
-  assert found['memory_bytes'] == 16 << 30
-  for name in ('forward', 'backprop'):
-    assert (found.get(f'{name}_peak_bytes', 0) > 0) == alone
-
-
-def test_a_config_that_the_devices_cannot_run_is_refused(monkeypatch):
-  monkeypatch.setattr(targets, 'devices', FakeDevices(8))
-  config = tiny.config('fp', {'data.batch_size': 12})
-  with pytest.raises(ValueError, match='data.batch_size=12'):
-    compile_check.probe(config, targets.parse('v5e:2x4'))
-
-
-def child(monkeypatch, code):
-  """Lets the process of a target run `code` instead of the compiler."""
-  run = subprocess.run
-
-  def instead(command, **options):
-    return run([sys.executable, '-c', code, *command[2:]], **options)
-
-  monkeypatch.setattr(compile_check.subprocess, 'run', instead)
-
-
-def test_an_end_of_the_compiler_is_told(monkeypatch, capsys):
+def test_a_wrong_argument_is_told(capsys, monkeypatch, arguments, expected):
   monkeypatch.setattr(targets, 'missing', lambda _: None)
-  child(
-    monkeypatch,
-    'import os, sys; print("Check failed: x", file=sys.stderr, flush=True);'
-    ' os.abort()',
-  )
-  assert compile_check.main([CONFIG, '--target=v5e:2x2']) == 1
+  assert expected in refused(capsys, *arguments)
+
+
+def test_each_target_is_asked_and_a_failure_is_told(asked, capsys):
+  status = compile_check.main([CONFIG, '--target=v5e:2x2,h200', '--limit=9'])
+  assert status == 1
+  assert [(name, seconds) for name, _, seconds in asked] == [
+    ('v5e:2x2', 9),
+    ('h200:1', 9),
+  ]
+  assert all(command[1] == CONFIG for _, command, _ in asked)
   printed = capsys.readouterr().out
-  assert 'SIGABRT' in printed and 'Check failed: x' in printed
-  assert compile_check.main([CONFIG, '--target=v5e:2x2', '--json']) == 1
-  (result,) = json.loads(capsys.readouterr().out)['results']
-  assert 'SIGABRT' in result['error'] and result['target'] == 'v5e:2x2'
-
-
-def test_the_table_says_that_nothing_was_run(monkeypatch, capsys):
-  monkeypatch.setattr(targets, 'missing', lambda _: None)
-  answer = {
-    'target': 'h200:1',
-    'memory_bytes': 141 * 10**9,
-    'error': None,
-    'mesh': {'data': 1, 'fsdp': 1},
-    'compile_seconds': 12.5,
-    'tokens_per_device': 8192,
-    'argument_bytes': 3.73e9,
-    'output_bytes': 3.73e9,
-    'reused_bytes': 3.73e9,
-    'temporary_bytes': 2e9,
-    'peak_bytes': 142e9,
-    'forward_peak_bytes': 100e9,
-    'needed_flops': 1.5e13,
-    'compiler_flops': None,
-    'collectives': {'all-reduce': {'count': 3, 'bytes': 5e6, 'unknown': 1}},
-  }
-  code = (
-    'import pathlib, sys; path ='
-    ' [a for a in sys.argv if a.startswith("--probe=")][0][8:];'
-    f' pathlib.Path(path).write_text({json.dumps(answer)!r})'
-  )
-  child(monkeypatch, code)
+  assert 'Nothing was run' in printed and 'v5e:2x2: no room' in printed
   assert compile_check.main([CONFIG, '--target=h200']) == 0
+
+
+def test_each_kernel_is_asked_for_by_its_name(asked, capsys):
+  only = '--only=^packed_matmul .* int4 int8 (1|16)x'
+  arguments = ['--what=kernels', only, '--target=h200,v5e:2x2']
+  assert compile_check.main(arguments) == 1
+  names = [
+    f'packed_matmul {name} int4 int8 {rows}x2000x600'
+    for name in ('gpu', 'tpu')
+    for rows in (1, 16)
+  ]
+  assert [command[-1] for _, command, _ in asked] == [
+    f'--case={name}' for name in names
+  ]
   printed = capsys.readouterr().out
-  assert 'Nothing was run' in printed
-  assert '1.420' in printed and 'backpropagation' not in printed
-  for part in ('3.73 GB', 'NO ROOM', 'not told', '5.0 MB or more in 3'):
-    assert part in printed
+  assert f'v5e:2x2 {names[2]}: no room' in printed
+  compile_check.main([*arguments, '--json'])
+  answer = json.loads(capsys.readouterr().out)
+  assert [r['case'] for r in answer['results']] == names
+  assert 'Nothing was run' in answer['note']
 
 
 @pytest.mark.slow

@@ -103,20 +103,21 @@ def losses_beside(program, params, key, directions):
   [
     {'optim.scale_lr_ratio': 3.0, 'optim.scales': '.*/down/kernel'},
     {**SCANNED, 'optim.accumulate': 4},
+    {**SCANNED, 'zo.eps': 1e-3},  # The default; float32 has less to subtract.
   ],
-  ids=['unscanned', 'scanned, in parts'],
+  ids=['unscanned', 'scanned, in parts', 'default eps'],
 )
 def test_a_step_in_place_is_the_rate_times_the_estimate(fields):
   program = program_of('fp', {'zo.directions': 2, 'zo.eps': 1e-2, **fields})
-  optim = program.config.optim
+  optim, eps = program.config.optim, program.config.zo.eps
   state = jax.device_get(program.init())
   found, (metrics,) = train(program, 1)
   beside = losses_beside(program, state.params, step_key(state), 2)
-  slopes = [(a - b) / (2 * 1e-2) for _, a, b in beside]
+  slopes = [(a - b) / (2 * eps) for _, a, b in beside]
   values = [x for _, a, b in beside for x in (a, b)]
   np.testing.assert_allclose(metrics['train/loss'], np.mean(values), rtol=1e-6)
   rms = np.sqrt(np.mean(np.square(slopes)))
-  np.testing.assert_allclose(metrics['train/slope'], rms, rtol=1e-3)
+  np.testing.assert_allclose(metrics['train/slope'], rms, rtol=1e-5 / eps)
   estimate = jax.tree.map(
     lambda a, b: slopes[0] / 2 * a + slopes[1] / 2 * b, *(z for z, *_ in beside)
   )
@@ -127,7 +128,7 @@ def test_a_step_in_place_is_the_rate_times_the_estimate(fields):
     if 'down' in path and optim.scale_lr_ratio == 3:
       decay, ratio = 0.0, 3.0
     moved = old[path] - ratio * 1e-3 * (g + decay * old[path])
-    np.testing.assert_allclose(new[path], moved, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(new[path], moved, rtol=0, atol=3e-8 / eps)
     assert np.abs(new[path] - old[path]).max() > 1e-4
   assert found.opt_state == () and found.step == 1
   np.testing.assert_array_equal(found.rng, state.rng)
@@ -252,7 +253,8 @@ def test_masters_in_bfloat16_learn_and_are_evaluated():
   program = program_of('integer', fields)
   state, metrics = train(program, 12)
   for path, leaf in by_path(state.params).items():
-    assert leaf.dtype == (jnp.bfloat16 if 'kernel' in path else np.float32)
+    matrix = path.endswith(('kernel', 'embedding'))  # This one is not trained.
+    assert leaf.dtype == (jnp.bfloat16 if matrix else np.float32)
   found = [m['train/loss'] for m in metrics]
   assert np.mean(found[-3:]) < np.mean(found[:3]) - 0.01
   codes = health.codes(state.params, program.model.rules)

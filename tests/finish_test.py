@@ -1,5 +1,7 @@
 """Tests of qat.finish; what it writes is looked at in train_test."""
 
+import types
+
 import pytest
 
 from configs import bitnet
@@ -11,7 +13,9 @@ from configs import onebit
 from configs import paretoq
 from configs import pquant
 from qat import finish
+from qat.data import tokenizer as tokenizer_lib
 from qat.nn import transformer
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,31 @@ def test_bits_per_weight(module, size, bits):
   assert finish.bits_per_weight(params, model.rules) == pytest.approx(
     bits, abs=0.005
   )
+
+
+@pytest.mark.parametrize(
+  ('begin', 'expected'), [('end', [7]), ('tokenizer', [])]
+)
+def test_samples_begin_as_texts_do(begin, expected, monkeypatch):
+  config = tiny.config(
+    'fp', {'data.begin': begin, 'sample.prompts': ('the sea', '')}
+  )
+  tokenizer = tokenizer_lib.train(['the sea was calm ' * 9], 262)
+  given = []
+
+  def generate(model, params, prompt_T, **options):
+    assert options['stop'] == 7
+    given.append(prompt_T)
+    return []
+
+  monkeypatch.setattr(finish.generate, 'generate', generate)
+  finish._samples(
+    types.SimpleNamespace(
+      config=config, model=transformer.build(config, 'cpu', 1)
+    ),
+    {},
+    types.SimpleNamespace(tokenizer=tokenizer, eot_id=7),
+  )
+  ids = tokenizer.encode('the sea', add_special_tokens=False).ids
+  # Something has to stand before the first token.
+  assert given == [[*expected, *ids], [7]]

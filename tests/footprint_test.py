@@ -1,8 +1,24 @@
 """What a step's memory is compared with, compiled for this machine's CPU."""
 
+import pytest
+
 from qat import footprint
 from qat import step as step_lib
 from tests import tiny
+
+# Deep and long enough for parameters and activations to count.
+FIELDS = {
+  'model.n_layers': 8,
+  'model.d_model': 128,
+  'model.d_ff': 384,
+  'model.scan_layers': True,
+  'model.remat': 'block',
+  'data.seq_len': 64,
+  'optim.estimator': 'spsa',
+  'optim.optimizer': 'sgd',
+  'optim.clip_norm': 0.0,
+}
+LAYER = 4 * (4 * 128**2 + 3 * 128 * 384)  # Bytes of its matrices in float32.
 
 
 def size(compiled):
@@ -12,26 +28,28 @@ def size(compiled):
   return both + m.temp_size_in_bytes - m.alias_size_in_bytes
 
 
-def test_a_step_in_place_needs_about_what_a_forward_pass_does():
-  # Deep and long enough for parameters and activations to count.
-  fields = {
-    'model.n_layers': 8,
-    'model.d_model': 128,
-    'model.d_ff': 384,
-    'model.scan_layers': True,
-    'model.remat': 'block',
-    'data.seq_len': 64,
-    'optim.estimator': 'spsa',
-    'optim.optimizer': 'sgd',
-    'optim.clip_norm': 0.0,
-  }
-  config = tiny.config('integer', fields)
+def compiled(micro_batches):
+  config = tiny.config('integer', FIELDS | {'optim.accumulate': micro_batches})
   program = step_lib.compile_program(config, tiny.mesh(config))
-  found = footprint.beside(program)
-  peak, forward, backprop = map(
-    size, (program.train_step, found['forward'], found['backprop'])
-  )
-  kernels = 4 * 8 * (4 * 128**2 + 3 * 128 * 384)
-  assert kernels < forward <= 1.05 * peak
-  assert peak < 1.15 * forward
-  assert peak < 0.4 * backprop
+  return program.train_step, footprint.beside(program, config)
+
+
+def test_a_step_in_place_needs_a_layer_more_than_a_forward_pass():
+  step, found = compiled(1)
+  forward, backprop = size(found['forward']), size(found['backprop'])
+  assert forward > 8 * LAYER
+  # The matrices of the layer that is computed, moved along a direction.
+  assert 0.9 * LAYER < size(step) - forward < 1.1 * LAYER
+  # Parameters, gradient and two moments, and what it keeps of each layer.
+  assert backprop > 4 * 8 * LAYER
+  assert size(step) < 0.26 * backprop
+
+
+@pytest.mark.slow
+def test_the_forward_pass_is_that_of_a_micro_batch():
+  step, found = compiled(4)
+  tokens = found['forward'].args_info[0][1]['tokens']
+  assert tokens.shape == (2, 64)  # Of the 8 sequences of a step.
+  # The sum over micro-batches takes no room for the whole batch.
+  assert 0 < size(step) - size(found['forward']) < 2.2 * LAYER
+  assert size(step) < 0.26 * size(found['backprop'])

@@ -25,6 +25,8 @@ from tests import outcomes
 from tests import starts
 from tests import tiny
 
+MESH = sharding.make_mesh
+
 
 @pytest.fixture(scope='module', autouse=True)
 def cheap_runs():
@@ -132,13 +134,24 @@ def test_a_resumed_run_may_not_start_from_another_model(
 
 def test_a_run_from_another_run(complete, data):
   expected = load.load_run(complete)
-  start = starts.find(starts.get('fp', complete, data, init__quant=True), data)
+  start = starts.find(starts.get('fp', complete, data), data)
   starts.same(start.params, jax.tree.map(np.asarray, expected.params))
   assert start.words.endswith(f'step {starts.STEPS}.') and not start.described
 
 
+@pytest.mark.parametrize(
+  ('fields', 'devices'),
+  [
+    ({'zo__master': 'bfloat16'}, 1),
+    pytest.param({'model__scan_layers': True}, 1, marks=pytest.mark.slow),
+    pytest.param(
+      {'model__scan_layers': True, 'mesh__fsdp': 2}, 2, marks=pytest.mark.slow
+    ),
+  ],
+  ids=['in bfloat16', 'stacked', 'on two devices'],
+)
 def test_a_run_carries_quantized_matrices(
-  quantized, data, tmp_path, monkeypatch
+  fields, devices, quantized, data, tmp_path, monkeypatch, capsys
 ):
   config = starts.get(
     'fp',
@@ -148,7 +161,12 @@ def test_a_run_carries_quantized_matrices(
     optim__optimizer='sgd',
     optim__clip_norm=0.0,
     zo__perturbed='.*norm/scale',
-    zo__master='bfloat16',
+    **fields,
+  )
+  monkeypatch.setattr(
+    sharding,
+    'make_mesh',
+    lambda c, chosen=None: MESH(c, (chosen or jax.devices())[:devices]),
   )
   with monkeypatch.context() as patch:
     patch.setattr(
@@ -164,19 +182,31 @@ def test_a_run_carries_quantized_matrices(
     assert train.run(config, tmp_path) == 0
   finally:
     shutil.move(moved, quantized)
-  before = load.load_model(quantized, None).params
+  capsys.readouterr()
+  options = [f'--model={quantized}', f'--dataset={data.path}', '--batches=2']
+  assert evaluate_script.main([*options, '--json', '--packed']) == 0
+  expected = json.loads(capsys.readouterr().out)['eval/loss']
+  first = metrics.read(tmp_path)[0]['eval/loss']
+  exact = config.zo.master == 'float32'
+  assert first == pytest.approx(expected, rel=1e-6 if exact else 1e-2)
+  before = folder.flat(load.load_model(quantized, None).params)
   run = load.load_run(tmp_path)
   assert run.step == starts.STEPS
   for path, leaf in folder.flat(run.params).items():
-    old = folder.flat(before)[path]
+    old = before[path]
     if composed.is_quantized(leaf):
       starts.same(leaf, old)
     else:
+      if not path.endswith('scale'):
+        old = old.astype(config.zo.master)
       assert leaf.dtype == np.float32
       assert np.array_equal(leaf, old) != path.endswith('norm/scale'), path
   summary = json.loads((tmp_path / 'summary.json').read_text())
   # Half of... attention is 4 of 7 matrices, of 4 bits and a scale.
   assert 4 * 4 / 7 + 16 * 3 / 7 < summary['bits_per_weight'] < 10
-  assert carried.saved(tmp_path / 'checkpoints').keys() == {
-    f'block_{i}/attn/{name}/kernel' for i in range(2) for name in 'qkvo'
+  blocks = ['blocks'] if config.model.scan_layers else ['block_0', 'block_1']
+  saved = carried.saved(tmp_path / 'checkpoints')
+  assert saved.keys() == {
+    f'{block}/attn/{name}/kernel' for block in blocks for name in 'qkvo'
   }
+  assert {made['codes']['bits'] for made in saved.values()} == {4}

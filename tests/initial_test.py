@@ -109,13 +109,22 @@ def test_learned_scales_are_kept_where_the_same_is_learned(data, tmp_path):
   params = clean.params(config)
   scale = params['block_0']['attn']['q']['learned_scale']
   path = starts.save(tmp_path / 'lsq', config, params, data)
-  for method, kept in (('lsq', True), ('paretoq', False)):
-    found = starts.find(starts.get(method, path, data), data).params
-    found = found['block_0']['attn']['q']['learned_scale']
+  for method, fields, kept in (
+    ('lsq', {}, True),
+    # Of no meaning where a column has one scale.
+    ('lsq', {'quant__specs__lsq__group_size': 16}, True),
+    ('lsq', {'quant__specs__lsq__granularity': 'tensor'}, False),
+    ('paretoq', {}, False),
+  ):
+    start = starts.find(starts.get(method, path, data, **fields), data)
+    found = start.params['block_0']['attn']['q']['learned_scale']
     assert np.array_equal(found, scale) == kept
+    # That something starts again is told.
+    assert ('7 of its matrices' in start.words) != kept
   # Full precision has no use for them.
-  found = starts.find(starts.get('fp', path, data), data).params
-  assert set(found['block_0']['attn']['q']) == {'kernel'}
+  start = starts.find(starts.get('fp', path, data), data)
+  assert set(start.params['block_0']['attn']['q']) == {'kernel'}
+  assert 'again' not in start.words
 
 
 def test_models_that_cannot_be_started_from(source, data, tmp_path):

@@ -1,5 +1,7 @@
 """Log-probabilities of continuations, against one request at a time."""
 
+import contextlib
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -144,6 +146,14 @@ def test_scores_are_those_of_each_request_alone():
     )
   step = scores.make_step(config, model)
   long = [i for i, r in enumerate(requests) if len(r.ids) > 33]
+  limits = []
+
+  @contextlib.contextmanager
+  def limit():
+    limits.append('begun')
+    yield
+    limits[-1] = 'done'
+
   for batch_tokens, longest, some in ((256, 0, range(40)), (1, 47, long)):
     found = scores.score(
       step,
@@ -153,6 +163,7 @@ def test_scores_are_those_of_each_request_alone():
       batch_tokens=batch_tokens,
       longest=longest,
       label='task',
+      limit=limit,
     )
     nats, greedy = zip(*found, strict=True)
     np.testing.assert_allclose(
@@ -160,3 +171,5 @@ def test_scores_are_those_of_each_request_alone():
     )
     assert list(greedy) == [expected[i][1] for i in some]
   assert 10 < sum(right for _, right in expected) < 35
+  # One for each batch: the last ones are of one request each.
+  assert limits[-len(long) :] == ['done'] * len(long) < limits

@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 
+from pallas_kernels import dispatch
 from qat import targets
 
 
@@ -97,6 +98,12 @@ def test_devices_of_a_target(name, expected):
     check=False,
   )
   assert found.stdout.strip() == expected, found.stderr
+
+
+@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:2x2', 'tpu7x:2x2x1', 'h200'])
+def test_there_are_kernels_for_every_target(name):
+  target = targets.parse(name)
+  assert dispatch.rows_for('packed_matmul', target.kernels)
 
 
 def test_every_kind_has_a_memory():

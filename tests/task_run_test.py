@@ -112,10 +112,13 @@ def test_the_right_continuations_are_trained_on(folder):
   assert found == expected
 
 
-@pytest.mark.parametrize('estimator', ['backprop', 'spsa'])
-def test_a_step_means_over_weights(folder, estimator):
+@pytest.mark.parametrize(
+  ('estimator', 'micro_batches'),
+  [('backprop', 1), ('backprop', 2), ('spsa', 1), ('spsa', 4)],
+)
+def test_a_step_means_over_weights(folder, estimator, micro_batches):
   """The loss of a batch with weights is that of its weighted targets."""
-  fields = {'optim.estimator': estimator}
+  fields = {'optim.estimator': estimator, 'optim.accumulate': micro_batches}
   if estimator == 'spsa':
     fields |= {'optim.optimizer': 'sgd', 'optim.clip_norm': 0.0}
     fields |= {'zo.eps': 1e-4}  # The mean to both sides is that of no move.

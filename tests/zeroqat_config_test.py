@@ -74,6 +74,9 @@ def test_a_size_begins_afresh_and_the_rest_with_a_model():
   fresh, other = (zeroqat.get_config(v) for v in ('w4a4,tiny', 'w4a4'))
   assert not fresh.init.model and not fresh.init.quant
   assert other.init.model == 'models/zeroqat-w4a4' and other.init.quant
+  assert zeroqat.get_config('light,task').init.model == 'models/zeroqat-light'
+  # As model folders compute.
+  assert other.model.dot_dtype == 'float32' != fresh.model.dot_dtype
   opt = zeroqat.get_config('w2a16,opt-1.3b')
   assert (opt.model.d_model, opt.model.ffn) == (2048, 'plain')
   assert opt.quant.specs.low.group_size == 128

@@ -5,6 +5,7 @@ from jax import numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels import packing
+from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.packed_matmul import api as packed_matmul
@@ -12,6 +13,7 @@ from pallas_kernels.packed_matmul import api as packed_matmul
 IMPLEMENTATIONS = {
   'reference': reference.grouped_matmul,
   'tpu': tpu.grouped_matmul,
+  'gpu': gpu.grouped_matmul,
 }
 
 

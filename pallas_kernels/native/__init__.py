@@ -24,6 +24,7 @@ _HANDLERS = (
   'qat_packed_matmul_1',
   'qat_packed_matmul_2',
   'qat_packed_matmul_4',
+  'qat_packed_matmul_8',
   'qat_int8_matmul',
   'qat_bfloat16_matmul',
   'qat_read_memory',

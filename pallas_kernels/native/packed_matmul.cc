@@ -1,4 +1,5 @@
-// int8 activations times weights of 1, 2 or 4 bits, for few rows of activations.
+// int8 activations times weights of 1, 2, 4 or 8 bits, for few rows of
+// activations.
 //
 // The weights are planar, as in packing.py, with K last and blocks of 64 bytes:
 // [N, blocks * 64], where P = 8 / bits planes of 64 inputs share a block;
@@ -9,6 +10,8 @@
 // so that 64 neighbouring inputs are one AND (and a shift) away from 64 bytes.
 // A weight is step * index + low, and the product therefore
 // step * S + low * (sum of the row of x), where S is the product of indices.
+// Of 8 bits a byte is the code itself, and its index is code + 128: the byte
+// with its highest bit flipped.
 
 #include <cstdint>
 #include <cstring>
@@ -35,6 +38,16 @@ struct Problem {
   int32_t step;
 };
 
+// What is flipped in a byte of codes to make it one of indices.
+template <int Bits>
+constexpr int kFlip = Bits == 8 ? 0x80 : 0;
+
+// Sums of indices of 8 bits may pass 2^31 where those of codes do not, and come
+// back here.
+inline int32_t Product(const Problem& q, int32_t sum, int64_t m) {
+  return int32_t(uint32_t(q.step) * uint32_t(sum) + uint32_t(q.offset_M[m]));
+}
+
 template <int Bits>
 void Portable(const Problem& q, int64_t n0, int64_t n1) {
   constexpr int P = 8 / Bits;
@@ -43,15 +56,16 @@ void Portable(const Problem& q, int64_t n0, int64_t n1) {
     for (int64_t n = n0; n < n1; ++n) {
       const int8_t* x = q.x + m * q.blocks * kBlock * P;
       const uint8_t* w = q.w + n * q.blocks * kBlock;
-      int32_t sum = 0;
+      uint32_t sum = 0;
       for (int64_t b = 0; b < q.blocks; ++b, w += kBlock) {
         for (int p = 0; p < P; ++p, x += kBlock) {
           for (int r = 0; r < kBlock; ++r) {
-            sum += ((w[r] >> (Bits * p)) & kMask) * x[r];
+            const int index = ((w[r] ^ kFlip<Bits>) >> (Bits * p)) & kMask;
+            sum += uint32_t(index * x[r]);
           }
         }
       }
-      q.y[m * q.N + n] = q.step * sum + q.offset_M[m];
+      q.y[m * q.N + n] = Product(q, int32_t(sum), m);
     }
   }
 }
@@ -82,9 +96,21 @@ QAT_AVX2 void Avx2(const Problem& q, int64_t n0, int64_t n1) {
       __m256i sum = _mm256_setzero_si256();
       for (int64_t b = 0; b < q.blocks; ++b, w += kBlock, x += kBlock * P) {
         // A 16-bit lane collects 4 P products of at most 128 (2^Bits - 1):
-        // at most 15,360, for four bits.
+        // at most 15,360, for four bits. Of eight bits not one pair fits.
         __m256i sum16 = _mm256_setzero_si256();
         for (int half = 0; half < kBlock; half += 32) {
+          if constexpr (Bits == 8) {
+            for (int i = half; i < half + 32; i += 16) {
+              const __m128i v = _mm_xor_si128(
+                  _mm_loadu_si128((const __m128i*)(w + i)),
+                  _mm_set1_epi8((char)kFlip<Bits>));
+              const __m128i xs = _mm_loadu_si128((const __m128i*)(x + i));
+              sum = _mm256_add_epi32(
+                  sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(v),
+                                         _mm256_cvtepi8_epi16(xs)));
+            }
+            continue;
+          }
           const __m256i v = _mm256_loadu_si256((const __m256i*)(w + half));
 #pragma GCC unroll 8
           for (int p = 0; p < P; ++p) {
@@ -97,7 +123,7 @@ QAT_AVX2 void Avx2(const Problem& q, int64_t n0, int64_t n1) {
         }
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(sum16, ones));
       }
-      q.y[m * q.N + n] = q.step * Sum(sum) + q.offset_M[m];
+      q.y[m * q.N + n] = Product(q, Sum(sum), m);
     }
   }
 }
@@ -115,6 +141,7 @@ QAT_AVX512 void OneRow(const Problem& q, int64_t m, int64_t n) {
   const int64_t stride = q.blocks * kBlock;
   const int8_t* x = q.x + m * stride * P;
   const uint8_t* w = q.w + n * stride;
+  const __m512i flip = _mm512_set1_epi8((char)kFlip<Bits>);
   __m512i mask[P], sum[C][P];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
@@ -128,6 +155,7 @@ QAT_AVX512 void OneRow(const Problem& q, int64_t m, int64_t n) {
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       v[c] = _mm512_loadu_si512(w + c * stride);
+      if (Bits == 8) v[c] = _mm512_xor_si512(v[c], flip);
       Prefetch(w + c * stride);
     }
 #pragma GCC unroll 8
@@ -146,7 +174,7 @@ QAT_AVX512 void OneRow(const Problem& q, int64_t m, int64_t n) {
     for (int p = 1; p < P; ++p) {
       total = _mm512_add_epi32(total, _mm512_srai_epi32(sum[c][p], Bits * p));
     }
-    q.y[m * q.N + n + c] = q.step * Sum(total) + q.offset_M[m];
+    q.y[m * q.N + n + c] = Product(q, Sum(total), m);
   }
 }
 
@@ -158,7 +186,8 @@ QAT_AVX512 void Rows(const Problem& q, int64_t m, int64_t n) {
   const int64_t stride = q.blocks * kBlock;
   const int8_t* x = q.x + m * x_stride;
   const uint8_t* w = q.w + n * stride;
-  const __m512i mask = _mm512_set1_epi8((1 << Bits) - 1);
+  const __m512i mask = _mm512_set1_epi8((char)((1 << Bits) - 1));
+  const __m512i flip = _mm512_set1_epi8((char)kFlip<Bits>);
   __m512i sum[C][R];
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) sum[c][r] = _mm512_setzero_si512();
@@ -168,6 +197,7 @@ QAT_AVX512 void Rows(const Problem& q, int64_t m, int64_t n) {
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       v[c] = _mm512_loadu_si512(w + c * stride);
+      if (Bits == 8) v[c] = _mm512_xor_si512(v[c], flip);
       Prefetch(w + c * stride);
     }
 #pragma GCC unroll 8
@@ -189,8 +219,7 @@ QAT_AVX512 void Rows(const Problem& q, int64_t m, int64_t n) {
   }
   for (int c = 0; c < C; ++c) {
     for (int r = 0; r < R; ++r) {
-      q.y[(m + r) * q.N + n + c] =
-          q.step * Sum(sum[c][r]) + q.offset_M[m + r];
+      q.y[(m + r) * q.N + n + c] = Product(q, Sum(sum[c][r]), m + r);
     }
   }
 }
@@ -289,6 +318,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_packed_matmul_1, qat::PackedMatmul<1>,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_packed_matmul_2, qat::PackedMatmul<2>,
                               qat::Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_packed_matmul_4, qat::PackedMatmul<4>,
+                              qat::Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_packed_matmul_8, qat::PackedMatmul<8>,
                               qat::Binding());
 
 extern "C" int32_t qat_supported(int32_t variant) {

@@ -30,7 +30,7 @@ def sums(
 
   Args:
     x_MK: int8 `[M, K]`.
-    packed: of '1bit', '2bit' or 'int4', axis -1 and block 64.
+    packed: of '1bit', '2bit', 'int4' or 'int8', axis -1 and block 64.
     variant: of `native.variants()`; None: the fastest.
 
   Returns:
@@ -40,6 +40,8 @@ def sums(
     ValueError: no extension, or not this variant.
   """
   planes, _, step, low = packing.FORMATS[packed.format]
+  if planes == 1:
+    low = -128  # The extension's indices of int8 codes begin at 0.
   call = jax.ffi.ffi_call(
     f'qat_packed_matmul_{8 // planes}',
     jax.ShapeDtypeStruct((x_MK.shape[0], packed.data.shape[0]), jnp.int32),

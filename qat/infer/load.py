@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import tokenizers
 
+from pallas_kernels import dispatch
 from qat import carried
 from qat import config as config_lib
 from qat import estimators
@@ -27,6 +28,10 @@ from qat.interop import folder as folder_lib
 from qat.interop import foreign
 from qat.nn import transformer
 from qat.quant import composed
+from qat.quant import packed
+
+# The key of a `source` that tells how a model was packed; see `qat.infer.pack`.
+PACKED = 'packed'
 
 
 class Run(NamedTuple):
@@ -34,7 +39,7 @@ class Run(NamedTuple):
 
   Attributes:
     config: the run's config, apart from `mesh`, which is one device, and
-      `model.scan_layers`, which is False.
+      `model.scan_layers`, which is False unless layers were left stacked.
     mesh: that device.
     model: the transformer.
     params: its parameters.
@@ -54,7 +59,8 @@ class Loaded(NamedTuple):
   """A model on one device, wherever it comes from.
 
   Attributes:
-    config: its config; `mesh` is one device, `model.scan_layers` False.
+    config: its config; `mesh` is one device, `model.scan_layers` False unless
+      layers were left stacked.
     mesh: that device.
     model: the transformer.
     params: its parameters; kernels may be quantized matrices.
@@ -77,14 +83,20 @@ class Loaded(NamedTuple):
   source: dict[str, Any]
 
 
-def load_model(name: str | pathlib.Path, base: ConfigDict | None) -> Loaded:
+def load_model(
+  name: str | pathlib.Path, base: ConfigDict | None, by_layer: bool = True
+) -> Loaded:
   """Loads a model from wherever it lies; floats become float32.
+
+  Those of a packed model stay as they are.
 
   Args:
     name: a run's workdir, a model folder, or, with `base`, a GGUF file, a
       folder of transformers', or 'org/name' on the hub.
     base: a config of `configs.common`, for what another program's model does
       not say; None where no such model is expected.
+    by_layer: whether a model that scans over its layers becomes one that does
+      not, for which its parameters are in memory twice.
 
   Returns:
     The model, on the first device.
@@ -95,12 +107,12 @@ def load_model(name: str | pathlib.Path, base: ConfigDict | None) -> Loaded:
     CorruptError: a file is damaged.
   """
   path = pathlib.Path(name)
-  if (path / manifest_lib.FILE).is_file():
+  if (path / manifest_lib.FILE).is_file() or any(path.glob('params-*')):
     return _load_folder(path)
   # Without a base a name that does not exist is a mistyped workdir.
   on_hub = base is not None and not path.exists()
   if not foreign.is_foreign(path) and not on_hub:
-    run = load_run(path)
+    run = load_run(path, by_layer)
     end = run.dataset.eot_id
     return Loaded(
       *run[:4],
@@ -143,7 +155,7 @@ def _loaded(
     config=config,
     mesh=mesh,
     model=model,
-    params=_on_device(leaves, shapes, mesh, name),
+    params=_on_device(leaves, model, shapes, mesh, name, PACKED in source),
     tokenizer=text.tokenizer,
     begin=text.begin,
     end=text.end,
@@ -160,9 +172,22 @@ def _built(config: ConfigDict) -> tuple[Mesh, transformer.Transformer, Any]:
 
 
 def _on_device(
-  leaves: Iterator[tuple[str, Any]], shapes: Any, mesh: Mesh, name: str
+  leaves: Iterator[tuple[str, Any]],
+  model: transformer.Transformer,
+  shapes: Any,
+  mesh: Mesh,
+  name: str,
+  as_stored: bool,
 ) -> Any:
   """The tree of `leaves`, each put on the device before the next is read.
+
+  Args:
+    leaves: path and leaf.
+    model: what they should be parameters of.
+    shapes: of its parameters.
+    mesh: of the device.
+    name: of where they come from.
+    as_stored: whether floats keep their type; else they become float32.
 
   Raises:
     ValueError: they are not the model's; names them.
@@ -177,11 +202,16 @@ def _on_device(
         f'{path}: {list(leaf.shape)} there, {wanted.get(path, "nothing")} here'
       )
       continue
-    if not composed.is_quantized(leaf):
+    if isinstance(leaf, packed.PackedMatrix):
+      leaf = packed.repack(leaf, dispatch.here())
+    elif not composed.is_quantized(leaf) and not as_stored:
       leaf = np.asarray(leaf, np.float32)
     found[path] = jax.device_put(leaf, NamedSharding(mesh, P()))
   missing = (
-    wanted.keys() - found.keys() - {line.split(':')[0] for line in lines}
+    wanted.keys()
+    - found.keys()
+    - {line.split(':')[0] for line in lines}
+    - _folded(model, found)
   )
   lines += [f'{path}: missing' for path in sorted(missing)]
   if lines:
@@ -192,13 +222,28 @@ def _on_device(
   return folder_lib.nested(found)
 
 
-def load_run(workdir: pathlib.Path) -> Run:
+def _folded(model: transformer.Transformer, found: dict[str, Any]) -> set[str]:
+  """Paths of what a quantizer learned and a quantized matrix has in itself."""
+  layers = [
+    path.removesuffix('/kernel')
+    for path, leaf in found.items()
+    if composed.is_quantized(leaf)
+  ]
+  return {
+    f'{layer}/{name}'
+    for layer in layers
+    for name in model.rules.find(layer).parameters
+  }
+
+
+def load_run(workdir: pathlib.Path, by_layer: bool = True) -> Run:
   """Loads the newest good checkpoint of a run; changes nothing in its folder.
 
   A checkpoint that is passed over because it is damaged is told of on stderr.
 
   Args:
     workdir: folder of the run, which may still be going on.
+    by_layer: see `load_model`.
 
   Returns:
     The run, on the first device.
@@ -250,14 +295,17 @@ def load_run(workdir: pathlib.Path) -> Run:
     )
   params = jax.tree.map(
     lambda leaf: (
-      leaf if composed.is_quantized(leaf) else leaf.astype(jnp.float32)
+      carried.unpacked(leaf)
+      if composed.is_quantized(leaf)
+      else leaf.astype(jnp.float32)
     ),
     restored.state['params'],
     is_leaf=composed.is_quantized,
   )
-  model, params = transformer.unscanned(model, params)
-  with config.unlocked():
-    config.model.scan_layers = False
+  if by_layer:
+    model, params = transformer.unscanned(model, params)
+    with config.unlocked():
+      config.model.scan_layers = False
   return Run(config, mesh, model, params, dataset, restored.step)
 
 

@@ -12,7 +12,9 @@ from ml_collections import FrozenConfigDict
 
 from qat.nn import layers
 from qat.nn import remat
+from qat.quant import activations
 from qat.quant import dot
+from qat.quant import qtensor
 from qat.quant import rules as rules_lib
 
 # Queries that the blocked form takes at a time; keys after the block are never
@@ -21,10 +23,43 @@ _BLOCK = 128
 
 
 class Cache(NamedTuple):
-  """Keys and values of the positions seen so far: `[B, S, KV, H]` each."""
+  """Keys and values of the positions seen so far: `[B, S, KV, H]` each.
 
-  keys_BSKH: jax.Array
-  values_BSKH: jax.Array
+  Arrays of floats, or int8 codes with a scale for each token and head. What is
+  written takes the form of what is there.
+  """
+
+  keys_BSKH: jax.Array | qtensor.QTensor
+  values_BSKH: jax.Array | qtensor.QTensor
+
+  def extended(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_T: jax.Array
+  ) -> 'Cache':
+    """With T more positions: of all rows, `[T]`, or of each, `[B, T]`."""
+    new = Cache(
+      *(_like(*pair) for pair in zip((k_BTKH, v_BTKH), self, strict=True))
+    )
+    if positions_T.ndim == 1:
+      start = (0, positions_T[0], 0, 0)
+      return jax.tree.map(
+        lambda a, b: lax.dynamic_update_slice(a, b, start), self, new
+      )
+    write = jax.vmap(
+      lambda a, b, start: lax.dynamic_update_slice(a, b, (start, 0, 0))
+    )
+    return jax.tree.map(lambda a, b: write(a, b, positions_T[:, 0]), self, new)
+
+
+def _like(x_BTKH: jax.Array, there: jax.Array | qtensor.QTensor):
+  if isinstance(there, qtensor.QTensor):
+    return activations.QUANTIZERS['int8'](x_BTKH)
+  return x_BTKH.astype(there.dtype)
+
+
+def _floats(stored, dtype: jax.typing.DTypeLike) -> jax.Array:
+  if isinstance(stored, qtensor.QTensor):
+    return stored.dequantize(dtype)
+  return stored.astype(dtype)
 
 
 def rotary(
@@ -37,7 +72,7 @@ def rotary(
 
   Args:
     x_BTNH: float queries or keys; H is the width of a head.
-    positions_T: int, the position of each of the T tokens.
+    positions_T: int, the position of each of the T tokens; or `[B, T]`.
     theta: base of the wavelengths.
     scaling: a config's `model.rope_scaling`; None: 'none'.
 
@@ -48,8 +83,9 @@ def rotary(
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is not None and scaling.kind == 'llama3':
     frequency = _stretched(frequency, scaling)
-  angle = positions_T.astype(jnp.float32)[:, None] * frequency[None]
-  cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+  positions_1T = jnp.atleast_2d(positions_T).astype(jnp.float32)
+  angle = positions_1T[..., None] * frequency[None, None]
+  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -83,7 +119,10 @@ class Attention(nn.Module):
     cache: Cache | None = None,
     mix: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
-    """Returns the output `[B, T, D]` and the cache with T more positions."""
+    """Returns the output `[B, T, D]` and the cache with T more positions.
+
+    Positions are `[T]`; with a cache also `[B, T]`, those of each row.
+    """
     c = self.config
     head = c.d_model // c.n_heads
     linear = functools.partial(layers.Linear, rules=self.rules)
@@ -123,11 +162,7 @@ class Attention(nn.Module):
     if cache is None:
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
     else:
-      start = (0, positions_T[0], 0, 0)
-      cache = Cache(
-        lax.dynamic_update_slice(cache.keys_BSKH, k_BTKH, start),
-        lax.dynamic_update_slice(cache.values_BSKH, v_BTKH, start),
-      )
+      cache = cache.extended(k_BTKH, v_BTKH, positions_T)
       y_BTNH = _cached_attention(q_BTNH, cache, positions_T)
     std = c.init_std
     if c.init_residual_scale:
@@ -191,14 +226,11 @@ def choose_form(name: str, platform: str, devices: int, dtype: str) -> str:
 
 def _cached_attention(q_BTNH, cache: Cache, positions_T) -> jax.Array:
   """Attention of T new positions to all cached ones up to themselves."""
-  positions_S = jnp.arange(cache.keys_BSKH.shape[1])
-  mask_11TS = (positions_S[None] <= positions_T[:, None])[None, None]
+  k_BSKH, v_BSKH = (_floats(stored, q_BTNH.dtype) for stored in cache)
+  positions_11S = jnp.arange(k_BSKH.shape[1])[None, None]
+  mask_1TS = positions_11S <= jnp.atleast_2d(positions_T)[..., None]
   return jax.nn.dot_product_attention(
-    q_BTNH,
-    cache.keys_BSKH,
-    cache.values_BSKH,
-    mask=mask_11TS,
-    implementation='xla',
+    q_BTNH, k_BSKH, v_BSKH, mask=mask_1TS[:, None], implementation='xla'
   )
 
 

@@ -8,8 +8,9 @@ router divides them, so no token has to be left out.
 
   place    which slot each choice of a token gets, and the reverse
   gather   the tokens' codes and scales in the order of the slots
-  product  tile by tile; also of the hidden units, which stay in that order
-  spread   each token's k results
+  multiply tile by tile (`quant.grouped_dot`); also the hidden units, which stay
+           in that order
+  spread   each token's k results, and `weigh` them
 
 Slots are reached and left by index in both directions of differentiation; no
 float is ever scattered. A padded row is zero, as codes, as scale, as hidden
@@ -25,15 +26,10 @@ import dataclasses
 import functools
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 
 from qat.quant import dot
-
-# Of tiles: the left operand contracts its last axis, the right its first or
-# its last.
-_NN = (((2,), (1,)), ((0,), (0,)))
-_NT = (((2,), (2,)), ((0,), (0,)))
+from qat.quant import grouped_dot
 
 
 @functools.partial(
@@ -157,7 +153,10 @@ def project(
   for x, _ in pairs:
     if id(x) not in gathered:
       gathered[id(x)] = gather(x, layout)
-  return [product(gathered[id(x)], w, layout, method) for x, w in pairs]
+  return [
+    grouped_dot.grouped_dot(gathered[id(x)], w, layout.expert_GC, method)
+    for x, w in pairs
+  ]
 
 
 def gather(x: dot.Operand, layout: Layout) -> dot.Operand:
@@ -175,37 +174,6 @@ def gather(x: dot.Operand, layout: Layout) -> dot.Operand:
   return dot.Operand(value, quantized)
 
 
-def product(
-  x: dot.Operand, weight: dot.Operand, layout: Layout, method: dot.Method
-) -> jax.Array:
-  """Multiplies each slot by the matrix of its expert.
-
-  Args:
-    x: `[G, S, K]`, in the order of the slots.
-    weight: a stack `[E, K, N]`.
-    layout: of the tokens.
-    method: how to multiply.
-
-  Returns:
-    float32 `[G, S, N]`.
-  """
-  codes_GSK, scale_GS1 = dot.parts(x, -1, method)
-  codes_EKN, scale_E1N = dot.parts(weight, -2, method)
-  if scale_E1N is not None:
-    stack = (weight.value.shape[0], *scale_E1N.shape[1:])
-    scale_E1N = jnp.broadcast_to(scale_E1N, stack)
-  return _product(
-    x.value,
-    codes_GSK,
-    scale_GS1,
-    weight.value,
-    codes_EKN,
-    scale_E1N,
-    layout.expert_GC,
-    method,
-  )
-
-
 @jax.custom_vjp
 def spread(y_GSN: jax.Array, layout: Layout) -> jax.Array:
   """Each token's results, `[G, k, M, N]`; 0 for a choice without a slot."""
@@ -219,6 +187,22 @@ def _spread_bwd(layout, dy_GkMN):
 
 
 spread.defvjp(lambda y, layout: (spread(y, layout), layout), _spread_bwd)
+
+
+@jax.custom_vjp
+def weigh(y_GkMD: jax.Array, weight_GkM: jax.Array) -> jax.Array:
+  """The sum of each token's results times their weights, `[G, M, D]`."""
+  return jnp.sum(y_GkMD * weight_GkM[..., None], axis=1)
+
+
+def _weigh_bwd(residuals, dy_GMD):
+  y_GkMD, weight_GkM = residuals
+  # As a product: XLA:CPU takes ten times as long for the sum of a product.
+  dweight_GkM = jnp.einsum('gkmd,gmd->gkm', y_GkMD, dy_GMD, precision='highest')
+  return dy_GMD[:, None] * weight_GkM[..., None], dweight_GkM
+
+
+weigh.defvjp(lambda y, weight: (weigh(y, weight), (y, weight)), _weigh_bwd)
 
 
 @jax.custom_vjp
@@ -249,92 +233,3 @@ def _rows(x_GRK: jax.Array, index_GS: jax.Array) -> jax.Array:
     return x_RK.at[index_S].get(mode='fill', fill_value=0)
 
   return jax.vmap(take)(x_GRK, index_GS)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _product(x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method):
-  arguments = (x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method)
-  return _product_fwd(*arguments)[0]
-
-
-def _product_fwd(x, codes_x, scale_x, w, codes_w, scale_w, expert_GC, method):
-  x_GSK = x.astype(method.dtype) if codes_x is None else codes_x
-  w_EKN = w.astype(method.dtype) if codes_w is None else codes_w
-  if codes_w is not None:
-    w_EKN = dot.hold_codes(w_EKN, method)
-  expert_T = expert_GC.reshape(-1)
-  multiply = jax.vmap(functools.partial(dot.product, method=method))
-  y_TtN = multiply(_tiles(x_GSK, expert_T), w_EKN[expert_T])
-  if scale_w is not None:
-    y_TtN = y_TtN * scale_w[expert_T]
-  y_GSN = y_TtN.reshape(*x_GSK.shape[:2], -1)
-  if scale_x is not None:
-    y_GSN = y_GSN * scale_x
-  like = (jnp.zeros((0,), x.dtype), jnp.zeros((0,), w.dtype))
-  return y_GSN, (x_GSK, scale_x, w_EKN, scale_w, expert_GC, like)
-
-
-def _product_bwd(method, residuals, dy_GSN):
-  x_GSK, scale_x, w_EKN, scale_w, expert_GC, (x_like, w_like) = residuals
-  expert_T = expert_GC.reshape(-1)
-  dy_TtN = _tiles(dy_GSN, expert_T)
-  if scale_w is not None:
-    dy_TtN = dy_TtN * scale_w[expert_T]
-  dx_TtK = lax.dot_general(
-    dy_TtN.astype(method.dtype),
-    w_EKN[expert_T].astype(method.dtype),
-    _NT,
-    preferred_element_type=jnp.float32,
-  )
-  dy_x_GSN = dy_GSN if scale_x is None else dy_GSN * scale_x
-  tiled = (*expert_GC.shape, x_GSK.shape[1] // expert_GC.shape[1], -1)
-  dw_GEKN = jax.vmap(
-    functools.partial(_by_expert, n_experts=len(w_EKN), method=method)
-  )(
-    x_GSK.reshape(tiled),
-    dy_x_GSN.astype(method.dtype).reshape(tiled),
-    expert_GC,
-  )
-  dx = dx_TtK.reshape(x_GSK.shape).astype(x_like.dtype)
-  dw = jnp.sum(dw_GEKN, axis=0).astype(w_like.dtype)
-  return dx, None, None, dw, None, None, None
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
-def _tiles(x_GSK: jax.Array, expert_T: jax.Array) -> jax.Array:
-  return x_GSK.reshape(len(expert_T), -1, x_GSK.shape[-1])
-
-
-def _by_expert(x_CtK, y_CtN, expert_C, n_experts: int, method: dot.Method):
-  """x^T @ y of every tile, summed over the tiles of each expert: `[E, K, N]`.
-
-  The narrower operand is the one that is transposed.
-  """
-  if x_CtK.shape[-1] > y_CtN.shape[-1]:
-    return _by_expert(y_CtN, x_CtK, expert_C, n_experts, method).swapaxes(1, 2)
-  x_CKt = x_CtK.swapaxes(1, 2)
-  shape = (n_experts, x_CKt.shape[1], y_CtN.shape[2])
-  if method.transpose_in_loop:
-
-    def add(total_EKN, tile):
-      x_Kt, y_tN, expert = tile
-      part_KN = lax.dot(
-        x_Kt.astype(method.dtype),
-        y_tN.astype(method.dtype),
-        preferred_element_type=jnp.float32,
-      )
-      return total_EKN.at[expert].add(part_KN), None
-
-    zeros_EKN = jnp.zeros(shape, jnp.float32)
-    return lax.scan(add, zeros_EKN, (x_CKt, y_CtN, expert_C))[0]
-  part_CKN = lax.dot_general(
-    x_CKt.astype(method.dtype),
-    y_CtN.astype(method.dtype),
-    _NN,
-    preferred_element_type=jnp.float32,
-  )
-  mine_EC = jax.nn.one_hot(expert_C, n_experts, axis=0)
-  # 'highest': accelerators would round the sums of the tiles.
-  return jnp.tensordot(mine_EC, part_CKN, 1, precision='highest')

@@ -12,6 +12,7 @@ from qat.nn import experts
 from qat.nn import layers
 from qat.nn import remat
 from qat.quant import dot
+from qat.quant import grouped_dot
 from qat.quant import rules as rules_lib
 
 # The input of a linear layer, and its weight.
@@ -215,8 +216,9 @@ class DecoupledFFN(nn.Module):
     gate_up = experts.project(pairs, layout, self.method)
     hidden_GSF = narrow.hidden(*gate_up, mix)
     (pair,) = layers.operands(hidden_GSF, [narrow.down], mix)
-    y_GkMD = experts.spread(experts.product(*pair, layout, self.method), layout)
-    y_GMD = jnp.sum(y_GkMD * in_groups(weight_BTk)[..., None], axis=1)
+    y_GSD = grouped_dot.grouped_dot(*pair, layout.expert_GC, self.method)
+    y_GkMD = experts.spread(y_GSD, layout)
+    y_GMD = experts.weigh(y_GkMD, in_groups(weight_BTk))
     return y_GMD.reshape(batch, length, -1)
 
   def _dense(

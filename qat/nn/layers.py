@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from qat.nn import stacked
+from qat.quant import composed
 from qat.quant import dot
 from qat.quant import rules as rules_lib
 
@@ -154,23 +155,33 @@ class Linear(nn.Module):
   ) -> tuple[dict[str, jax.Array], jax.Array]:
     """The layer's own parameters, and `x`, normed if it is.
 
-    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`, or a matrix that
-    was quantized after training (`composed.Quantized`); beside it stands what
-    its quantizer learns, made from the kernel, and a bias, if it has one.
+    'kernel' is the latent weight, `[K, N]` or `[E, K, N]`, and beside it stands
+    what its quantizer learns, made from the kernel; or a matrix that was
+    quantized after training or packed (`composed.Quantized`), which is read as
+    it is. A bias is taken from the scope where it is added.
     """
     shape = (x.shape[-1], self.features)
     self._check(x.shape[-1])
     if self.experts:
       shape = (self.experts, *shape)
-    kernel = self.param(
-      'kernel', nn.initializers.normal(self.init_std), shape, jnp.float32
-    )
+    kernel = self.get_variable('params', 'kernel')
+    if not composed.is_quantized(kernel):
+      kernel = self.param(
+        'kernel', nn.initializers.normal(self.init_std), shape, jnp.float32
+      )
+    elif tuple(kernel.shape) != shape:
+      raise ValueError(
+        f'{self.path_name} has a quantized matrix of {list(kernel.shape)}; the'
+        f' config says {list(shape)}.'
+      )
     if self.norm_eps is not None:
       x = RMSNorm(self.norm_eps, name='norm')(x)
     layer = {'kernel': kernel}
     if self.bias:
       zeros = nn.initializers.zeros
       self.param('bias', zeros, (self.features,), jnp.float32)
+    if composed.is_quantized(kernel):
+      return layer, x
     for name in self.spec.parameters:
       layer[name] = self.param(
         name, lambda _, name=name: self.spec.start(kernel)[name]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import math
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from ml_collections import FrozenConfigDict
 
+from pallas_kernels.head_matmul import cpu as head_matmul
 from qat.nn import attention
 from qat.nn import ffn
 from qat.nn import layers
@@ -128,14 +130,18 @@ class Transformer(nn.Module):
     Args:
       tokens_BT: int token ids.
       caches: one for each block, to continue from; None to train.
-      start: position of the first token.
+      start: position of the first token; with caches also `[B]`, that of each
+        row's.
       mix: share of quantization, 0 to 1, while it is annealed in training;
         None: quantized.
 
     Returns:
       `[B, T, D]` after the final norm, and the caches with T more positions.
     """
-    positions_T = start + jnp.arange(tokens_BT.shape[1])
+    positions_T = jnp.arange(tokens_BT.shape[1])
+    if jnp.ndim(start):
+      start, positions_T = start[:, None], positions_T[None]
+    positions_T = start + positions_T
     x_BTD = self.embedded(tokens_BT, positions_T)
     if self.config.scan_layers:
       if caches is not None:
@@ -167,9 +173,10 @@ class Transformer(nn.Module):
       # Each device then looks its own tokens up; left split, the gradient
       # would bring the whole batch's activations to every device.
       table_VD = jax.lax.with_sharding_constraint(table_VD, P())
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(c.dtype)
+    x_BTD = _rows(table_VD, tokens_BT).astype(c.dtype)
     if c.positions == 'learned':
-      x_BTD = x_BTD + self.positions[positions_T][None].astype(c.dtype)
+      learned_BTD = self.positions[jnp.atleast_2d(positions_T)]
+      x_BTD = x_BTD + learned_BTD.astype(c.dtype)
     return x_BTD
 
   def output_embedding(self) -> jax.Array:
@@ -178,16 +185,35 @@ class Transformer(nn.Module):
       return self.embed.embedding
     return self.head
 
-  def logits(self, tokens_BT, caches=None, start=0):
-    """Like `__call__`, with float32 logits `[B, T, V]` for hidden states."""
+  def logits(self, tokens_BT, caches=None, start=0, only_B=None):
+    """Like `__call__`, with float32 logits `[B, T, V]` for hidden states.
+
+    With `only_B` they are those of one token of each row, `[B, 1, V]`.
+    """
     x_BTD, caches = self(tokens_BT, caches, start)
+    if only_B is not None:
+      x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
+    x_BTD = x_BTD.astype(self.config.dot_dtype)
+    table_VD = self.output_embedding().astype(self.config.dot_dtype)
+    rows = math.prod(x_BTD.shape[:2])
+    few = rows <= head_matmul.MOST_ROWS and x_BTD.dtype == jnp.bfloat16
+    if few and self.method.native:
+      logits_MV = head_matmul.matmul(x_BTD.reshape(rows, -1), table_VD)
+      return logits_MV.reshape(*x_BTD.shape[:2], -1), caches
     logits_BTV = jnp.einsum(
-      'btd,vd->btv',
-      x_BTD.astype(self.config.dot_dtype),
-      self.output_embedding().astype(self.config.dot_dtype),
-      preferred_element_type=jnp.float32,
+      'btd,vd->btv', x_BTD, table_VD, preferred_element_type=jnp.float32
     )
     return logits_BTV, caches
+
+
+def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  """The rows of a table, `[B, T, D]`."""
+  if table_VD.dtype != jnp.bfloat16:
+    return jnp.take(table_VD, tokens_BT, axis=0)
+  # To take rows of bfloat16, XLA:CPU makes float32 of the whole table first.
+  table_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
+  bits_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+  return jax.lax.bitcast_convert_type(bits_BTD, jnp.bfloat16)
 
 
 def build(config: ConfigDict, platform: str, devices: int) -> Transformer:
@@ -220,9 +246,8 @@ def reading(model: Transformer, read: Callable[[Any], Any]) -> Transformer:
       calls it in each turn for that layer, and so never has the parameters of
       all at once; what stands outside of the blocks `variables` reads.
   """
-  config = ConfigDict(model.config.to_dict())
-  config.remat = 'none'  # Nothing is kept, without a backward pass.
-  return model.clone(config=FrozenConfigDict(config), read=read)
+  # Nothing is kept, without a backward pass.
+  return changed(model, remat='none').clone(read=read)
 
 
 def variables(model: Transformer, params: Any) -> dict[str, Any]:
@@ -255,7 +280,11 @@ def unscanned(model: Transformer, params: Any) -> tuple[Transformer, Any]:
   """
   if not model.config.scan_layers:
     return model, params
+  return changed(model, scan_layers=False), jax.jit(stacked.unstacked)(params)
+
+
+def changed(model: Transformer, **fields: Any) -> Transformer:
+  """The model with other fields of its config."""
   config = ConfigDict(model.config.to_dict())
-  config.scan_layers = False
-  model = model.clone(config=FrozenConfigDict(config))
-  return model, jax.jit(stacked.unstacked)(params)
+  config.update(fields)
+  return model.clone(config=FrozenConfigDict(config))

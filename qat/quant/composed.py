@@ -13,6 +13,7 @@ import jax
 from jax import numpy as jnp
 
 from qat.quant import float16
+from qat.quant import packed
 from qat.quant import qtensor
 
 
@@ -225,8 +226,19 @@ class TwoLevel:
     return self.one_level().dequantize(dtype)
 
 
-KINDS = (qtensor.QTensor, Sum, Clustered, MixedBits, Binarized, TwoLevel)
-Quantized = qtensor.QTensor | Sum | Clustered | MixedBits | Binarized | TwoLevel
+KINDS = (
+  *(qtensor.QTensor, Sum, Clustered, MixedBits, Binarized, TwoLevel),
+  packed.PackedMatrix,
+)
+Quantized = (
+  qtensor.QTensor
+  | Sum
+  | Clustered
+  | MixedBits
+  | Binarized
+  | TwoLevel
+  | packed.PackedMatrix
+)
 
 
 def is_quantized(leaf: object) -> bool:

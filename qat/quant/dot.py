@@ -31,8 +31,11 @@ from jax.experimental import layout
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.quantized_train_matmul import cpu as scaled_matmul
 from qat.quant import composed
+from qat.quant import packed
+from qat.quant import packed_dot
 from qat.quant import qtensor
 from qat.quant import rules
 
@@ -59,6 +62,8 @@ class Method:
       float weights for that, of all layers at once where they are stacked.
     native: multiply int8 codes of an input and a weight by the C++ extension,
       which gives the same floats as `int8`, bit for bit.
+    target: the device that packed matrices are multiplied on; None: that of
+      this process.
   """
 
   int8: bool
@@ -67,6 +72,15 @@ class Method:
   gather_codes: bool = False
   row_major: bool = False
   native: bool = False
+  target: dispatch.Target | None = None
+
+  @property
+  def doubles_a_row(self) -> bool:
+    """Whether one row of floats is multiplied faster as two.
+
+    XLA:CPU multiplies a row of bfloat16 in a plain loop, and two by a library.
+    """
+    return self.transpose_in_loop and self.dtype == 'bfloat16'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +89,11 @@ class Operand:
 
   Attributes:
     value: the float array; carries the gradient. Where it is quantized, its
-      value is never computed.
+      value is never computed. None of a packed matrix.
     quantized: what is multiplied instead, or None.
   """
 
-  value: jax.Array
+  value: jax.Array | None
   quantized: composed.Quantized | None
 
 
@@ -120,6 +134,8 @@ def make_weight(
     mix: as in `make_input`.
   """
   kernel = layer['kernel']
+  if isinstance(kernel, packed.PackedMatrix):
+    return Operand(None, kernel)
   if composed.is_quantized(kernel):
     return Operand(kernel.dequantize(), kernel)
   quantized = spec.quantize(jax.tree.map(lax.stop_gradient, dict(layer)))
@@ -142,6 +158,12 @@ def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
   Returns:
     float32 `[..., N]`, or `[..., E, N]` for a stack.
   """
+  if isinstance(weight.quantized, packed.PackedMatrix):
+    rows = jax.tree.map(_flat, rows_of(x, method))
+    y_MN = packed_dot.matmul(
+      *rows, weight.quantized, method.dtype, method.target
+    )
+    return y_MN.reshape(*x.value.shape[:-1], *y_MN.shape[1:])
   codes_MK, scale_M1 = parts(x, -1, method)
   codes_KN, scale_1N = parts(weight, -2, method)
   stack = weight.value.shape[:-2]
@@ -175,6 +197,16 @@ def parts(
     if q.scale.shape[contracted] == 1:
       return q.codes, q.scale
   return q.dequantize(method.dtype), None
+
+
+def rows_of(x: Operand, method: Method) -> tuple[jax.Array, jax.Array | None]:
+  """Codes `[..., K]` of an input and scales `[..., 1]`, or floats and None."""
+  codes_MK, scale_M1 = parts(x, -1, method)
+  if codes_MK is None:
+    return x.value.astype(method.dtype), None
+  if scale_M1 is not None:
+    scale_M1 = jnp.broadcast_to(scale_M1, (*codes_MK.shape[:-1], 1))
+  return codes_MK, scale_M1
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -253,6 +285,8 @@ def _marker(a: jax.Array) -> jax.Array:
 
 def product(x_MK, w_KN, method: Method) -> jax.Array:
   """x @ w as float32; through int32 where both are codes and that is wanted."""
+  if x_MK.shape[0] == 1 and method.doubles_a_row:
+    return product(jnp.repeat(x_MK, 2, 0), w_KN, method)[:1]
   if method.int8 and x_MK.dtype == w_KN.dtype == jnp.int8:
     return lax.dot_general(
       x_MK, w_KN, _NN, preferred_element_type=jnp.int32

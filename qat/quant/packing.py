@@ -5,7 +5,8 @@ a byte; float8 codes as they are. Scales and zero points are float16 where that
 changes none of them, else float32; zero points that are integers take as many
 bits as the largest needs. Those that have codes themselves are bit planes, too,
 and two numbers for each group of codes. Of `exact`, what is not 0 is kept: 16
-bits of value and 16 bits of distance from the one before, row by row.
+bits of value and 16 bits of distance from the one before, row by row. A
+PackedMatrix is kept as it is, in the layout of the device that it was made for.
 
 `unpack(*pack(leaf))` is the leaf, bit for bit. All of it is NumPy on the host.
 """
@@ -18,6 +19,7 @@ import numpy as np
 
 from qat.quant import bitplanes
 from qat.quant import composed
+from qat.quant import packed as packed_lib
 from qat.quant import qtensor
 from qat.quant import sparse
 
@@ -25,6 +27,7 @@ Arrays = dict[str, np.ndarray]
 Meta = dict[str, Any]
 
 _EXACT = {'bfloat16': jnp.bfloat16, 'float16': np.float16}
+_PACKED = ('data', 'scale', 'shift', 'gain_K')
 _WHOLE = {'int8': np.int8, 'float32': np.float32}
 
 
@@ -71,6 +74,11 @@ def pack(leaf: composed.Quantized) -> tuple[Arrays, Meta]:
         np.asarray(leaf.salient_K).view(np.uint8), 1
       )
       _pack_numbers('levels', leaf.levels, arrays, meta)
+    case packed_lib.PackedMatrix():
+      for name in ('format', 'axis', 'block'):
+        meta[name] = getattr(leaf, name)
+      parts = {name: getattr(leaf, name) for name in _PACKED}
+      arrays |= {n: np.asarray(a) for n, a in parts.items() if a is not None}
     case _:
       raise ValueError(f'{type(leaf).__name__} is no quantized matrix.')
   return arrays, meta
@@ -126,6 +134,13 @@ def unpack(
       _unpack_numbers('levels', arrays, meta),
       meta['block_size'],
     )
+  if kind == 'PackedMatrix':
+    leaf = packed_lib.PackedMatrix(
+      *map(arrays.get, _PACKED),
+      *(meta['format'], *shape[-2:], meta['axis'], meta['block']),
+    )
+    packed_lib.check(leaf)
+    return leaf
   raise ValueError(f'No kind of quantized matrix is called {kind!r}.')
 
 

@@ -21,14 +21,12 @@ def cosine(estimate: Any, gradient: Any) -> jax.Array:
   Returns:
     float32; NaN where a tree is zero, or is not finite.
   """
-  dot = _dot(estimate, gradient)
-  norms = jnp.sqrt(_dot(estimate, estimate)) * jnp.sqrt(
-    _dot(gradient, gradient)
-  )
-  return dot / norms
+  norms = jnp.sqrt(dot(estimate, estimate)) * jnp.sqrt(dot(gradient, gradient))
+  return dot(estimate, gradient) / norms
 
 
-def _dot(a: Any, b: Any) -> jax.Array:
+def dot(a: Any, b: Any) -> jax.Array:
+  """The inner product of two trees of one structure, float32."""
   products = jax.tree.map(
     lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b
   )

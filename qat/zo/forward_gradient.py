@@ -81,10 +81,13 @@ def gradient(
   params: Any,
   key: jax.Array,
   options: Options,
-) -> tuple[jax.Array, Any]:
-  """The loss, and the estimate: a float32 tree like `params`.
+) -> tuple[dict[str, jax.Array], Any]:
+  """What a step logs, and the estimate: a float32 tree like `params`.
 
-  It has zeros where nothing is chosen. For arguments and errors, see `slopes`.
+  The scalars are 'loss', and 'slope', the root of the mean square of the
+  slopes. The tree has zeros where nothing is chosen. For arguments and errors,
+  see `slopes`.
   """
   loss, slopes_q = slopes(loss_fn, params, key, options)
-  return loss, spsa.along(params, key, slopes_q, options.perturbed)
+  found = {'loss': loss, 'slope': jnp.sqrt(jnp.mean(jnp.square(slopes_q)))}
+  return found, spsa.along(params, key, slopes_q, options.perturbed)

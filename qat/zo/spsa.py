@@ -131,7 +131,7 @@ def gradient(
   key: jax.Array,
   options: Options,
   lazy: bool = False,
-) -> tuple[jax.Array, Any]:
+) -> tuple[dict[str, jax.Array], Any]:
   """The estimate as a tree, for an optimizer that takes gradients.
 
   Args:
@@ -142,13 +142,12 @@ def gradient(
     lazy: see `losses`.
 
   Returns:
-    The mean of the 2q losses, and a float32 tree like `params`: zeros where
+    The scalars of `measure`, and a float32 tree like `params`: zeros where
     nothing is perturbed, NaN where a loss was not finite.
   """
   losses_q2 = losses(loss_fn, params, key, options, lazy)
-  return jnp.mean(losses_q2), along(
-    params, key, slopes(losses_q2, options), options.perturbed
-  )
+  slopes_q, found = measure(losses_q2, options)
+  return found, along(params, key, slopes_q, options.perturbed)
 
 
 def along(

@@ -18,6 +18,7 @@ from qat.data import prepare
 from qat.infer import generate as generate_lib
 from qat.infer import load
 from scripts import evaluate
+from scripts import export_model
 from scripts import generate
 from tests import tiny
 
@@ -110,12 +111,46 @@ def test_an_empty_prompt_begins_a_document(saved, run, capsys):
   assert capsys.readouterr().out == continued(run, '') + '\n'
 
 
+def test_packed_weights_write_the_same_text(saved, tmp_path, capsys):
+  options = ['--prompt', 'the sea was', '--temperature', '0', '--tokens', '12']
+  assert call(generate.main, saved.workdir, *options) == 0
+  expected = capsys.readouterr().out
+  assert call(generate.main, saved.workdir, '--packed', *options) == 0
+  assert capsys.readouterr().out == expected
+  # A folder is packed once and read again.
+  out = tmp_path / 'packed'
+  arguments = [str(saved.workdir), '--out', str(out), '--format', 'packed']
+  assert export_model.main(arguments) == 0
+  printed = capsys.readouterr().out
+  assert printed.startswith(f'{out}: a packed model: ')
+  assert '1bit' in printed
+  for more in ([], ['--packed', '--cache', 'float32']):
+    assert call(generate.main, out, *more, *options) == 0
+    assert capsys.readouterr().out == expected
+  arguments[2] += '-2'
+  assert export_model.main([*arguments, '--dtype', 'float16']) == 2
+  assert '--dtype float16' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('size', [2, 3, 9])
+def test_texts_that_are_computed_at_once_are_the_same(saved, run, capsys, size):
+  options = ['--num', '2', '--batch', str(size)]
+  assert call(generate.main, saved.workdir, *options) == 0
+  expected = [
+    continued(run, prompt, seed=seed)
+    for prompt in ('the sea', 'a ship')
+    for seed in (0, 1)
+  ]
+  assert capsys.readouterr().out == f'\n{"-" * 20}\n'.join(expected) + '\n'
+
+
 @pytest.mark.parametrize(
   ('arguments', 'expected'),
   [
     (['--prompt', 'a', '--temperature', '-1'], 'temperature=-1.0'),
     (['--prompt', 'a', '--top_p', '0'], 'top_p=0.0'),
     (['--prompt', 'a', '--num', '0'], '--num 0'),
+    (['--prompt', 'a', '--batch', '0'], '--batch 0'),
     (['--prompt', 'a\udcff'], 'not UTF-8'),
   ],
 )

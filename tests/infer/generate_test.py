@@ -157,3 +157,82 @@ def test_no_tokens_make_no_text(trained_enough):
 def test_bad_options_are_refused(trained_enough, prompt, changes, expected):
   with pytest.raises(ValueError, match=expected):  # Before any token is.
     generate.generate(*trained_enough, prompt, **{**OPTIONS, **changes})
+
+
+# ---------------------------------------------------------------- several texts
+
+PROMPTS = [PROMPT, [9, 50], [33, 1, 1, 8, 40]]
+
+
+def several(trained, **changes):
+  """The texts of a batch, up to where each ends."""
+  options = {**OPTIONS, 'seeds': [4, 5, 6], **changes}
+  del options['seed']
+  rows = list(generate.batch(*trained, PROMPTS, **options))
+  columns = [list(column) for column in zip(*rows, strict=True)]
+  texts = [
+    [token for token in column if token is not None] for column in columns
+  ]
+  for text, column in zip(texts, columns, strict=True):
+    assert column == text + [None] * (len(column) - len(text))
+  return texts
+
+
+def test_texts_of_a_batch_are_those_of_each_alone(trained_enough):
+  # More tokens than some calls of the compiled program make.
+  options = dict(tokens=19)
+  alone = [
+    run(trained_enough, prompt, seed=4 + i, **options)
+    for i, prompt in enumerate(PROMPTS)
+  ]
+  assert several(trained_enough, **options) == alone
+  assert {len(text) for text in alone} == {options['tokens']}
+  # A text that ends leaves the others as they are.
+  stop = alone[1][3]
+  ended = [text[: text.index(stop)] if stop in text else text for text in alone]
+  assert several(trained_enough, stop=stop, **options) == ended
+
+
+def test_a_text_is_the_same_whatever_its_length(trained_enough):
+  long = run(trained_enough, PROMPT, tokens=19)
+  for tokens in (1, 2, 8, 16):
+    assert run(trained_enough, PROMPT, tokens=tokens) == long[:tokens]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'error'), [('int8', 0.05), ('bfloat16', 0.05)]
+)
+def test_a_smaller_cache_is_close(trained_enough, kind, error):
+  model, params = trained_enough
+  tokens_BT = np.array([PROMPT[:4], PROMPT[1:]], np.int32)
+
+  @jax.jit
+  def after(caches):
+    found = []
+    for i in range(0, 4, 2):  # The second half reads the first from the cache.
+      logits_BV, caches = generate.advance(
+        *(model, params, tokens_BT[:, i : i + 2], caches),
+        *(jnp.full(2, i), jnp.full(2, 1)),
+      )
+      found.append(logits_BV)
+    return jnp.stack(found), caches
+
+  exact, _ = after(generate.empty_caches(model, 2, 5))
+  found, caches = after(generate.empty_caches(model, 2, 5, kind))
+  assert {a.dtype.name for a in jax.tree.leaves(caches)} <= {kind, 'float32'}
+  assert jax.tree.leaves(caches)[0].dtype == kind
+  difference = np.abs(found - exact).max() / np.abs(exact).max()
+  assert 0 < difference < error
+
+
+def test_a_batch_is_checked(trained_enough):
+  with pytest.raises(ValueError, match='2 seeds for 3 prompts'):
+    several(trained_enough, seeds=[1, 2])
+  with pytest.raises(ValueError, match="kind 'int4'"):
+    several(trained_enough, cache='int4')
+  with pytest.raises(ValueError, match='empty prompt'):
+    generate.batch(
+      *trained_enough,
+      [[1], []],
+      **{**{k: v for k, v in OPTIONS.items() if k != 'seed'}, 'seeds': [0, 0]},
+    )

@@ -1,5 +1,7 @@
 """Every kernel is lowered for TPUs and GPUs, on a machine without one."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -21,29 +23,55 @@ KERNELS = [
 ]
 
 
-def test_there_is_a_case_for_every_row_format_and_dtype():
-  for target in TARGETS:
-    names = [case.name for case in cases.cases(target)]
-    assert len(names) == len(set(names))
-    for row in dispatch.TABLE:
-      if row.platform != target.platform:
-        continue
-      mine = [n for n in names if n.startswith(f'{row.kernel} {row.name} ')]
-      calls = len(row.dtypes) * max(1, len(row.formats)) * len(cases.ROWS)
-      assert len(mine) == calls > 0
+@pytest.mark.parametrize('target', TARGETS, ids=str)
+def test_there_is_a_case_for_every_row_format_dtype_and_size(target):
+  found = cases.cases(target)
+  names = {case.name for case in found}
+  assert len(names) == len(found)
+  rows = [row for row in dispatch.TABLE if row.platform == target.platform]
+  assert {case.row for case in found} == set(rows)
+  for row in rows:
+    sizes = ['128x2048x512', '2048x2000x600']
+    if row.kernel != 'quantized_train_matmul':  # No training on one token.
+      sizes = ['1x2000x600', '16x2000x600', *sizes]
+    assert {
+      f'{row.kernel} {row.name} {format}{dtype} {size}'
+      for format in [f'{f} ' for f in row.formats] or ['']
+      for dtype in row.dtypes
+      for size in sizes
+    } <= names
+    mine = sum(case.row == row for case in found)
+    assert mine == max(1, len(row.formats)) * len(row.dtypes) * len(sizes)
+
+
+def test_a_case_counts_the_operations_that_its_product_needs():
+  flops = {
+    case.row.kernel: case.flops
+    for case in cases.cases(TARGETS[0])
+    if case.shape[0] == 128
+  }
+  one = 2 * 128 * 2048 * 512
+  assert flops == {
+    'packed_matmul': one,
+    'act_quant': 0,
+    'decoupled_ffn_up': one + 2 * 128 * 2048 * 256,
+    'grouped_matmul': one,  # Of each token with its one expert.
+    'quantized_train_matmul': one,
+  }
 
 
 @pytest.mark.parametrize('kernel, target', KERNELS, ids=str)
 def test_a_kernel_is_lowered(kernel, target):
   # All formats at two numbers of tokens: of decoding and of a ragged prompt.
   found = [
-    case
+    dataclasses.replace(case, shape=(min(case.shape[0], 300), 2000, 600))
     for case in cases.cases(target)
-    if case.name.split()[0] == kernel and case.name.endswith(('M=8', 'M=100'))
+    if case.row.kernel == kernel and case.shape[0] in (16, 2048)
   ]
   assert found
-  platform, call = LOWERED[target.platform]
+  platform, name = LOWERED[target.platform]
   for case in found:
-    traced = jax.jit(case.function).trace(*case.arguments)
+    function, arguments = case.call()
+    traced = jax.jit(function).trace(*arguments)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert call in text, case.name
+    assert name in text, case.name

@@ -16,7 +16,7 @@ from pallas_kernels.packed_matmul import api
 from pallas_kernels.packed_matmul import cpu
 
 CPU = dispatch.Target('cpu')
-FORMATS = ('1bit', '2bit', 'int4')
+FORMATS = ('1bit', '2bit', 'int4', 'int8')
 pytestmark = pytest.mark.skipif(
   not native.variants(), reason=f'the C++ extension is {native.status()}'
 )
@@ -26,6 +26,7 @@ def draw(seed, format, rows, inputs, outputs):
   """Int8 inputs, codes, and the codes packed for the extension."""
   rng = np.random.default_rng(seed)
   _, base, step, low = packing.FORMATS[format]
+  low = -128 if format == 'int8' else low
   codes = rng.integers(0, base, (inputs, outputs)) * step + low
   x = rng.integers(-128, 128, (rows, inputs))
   x[:1], codes[:, :1] = -128, low  # The largest sums there are.
@@ -47,6 +48,8 @@ def draw(seed, format, rows, inputs, outputs):
 @hypothesis.example('1bit', 3, 1024, 1, 0)
 @hypothesis.example('2bit', 1, 513, 33, 0)
 @hypothesis.example('int4', 7, 8192, 2, 0)
+@hypothesis.example('int8', 7, 8192, 2, 0)
+@hypothesis.example('int8', 1, 2**17 - 1, 1, 0)  # Sums of indices pass 2^31.
 @hypothesis.example('1bit', 4, 4096, 600, 0)  # Enough for several threads.
 def test_sums_are_exact(format, rows, inputs, outputs, seed):
   x, codes, packed = draw(seed, format, rows, inputs, outputs)
@@ -86,7 +89,7 @@ def test_a_stack_is_its_matrices_one_by_one():
   [
     (dict(block=128), 'blocks of 128 bytes'),
     (dict(axis=-2), 'axis -2'),
-    (dict(format='int8'), "weights are 'int8'"),
+    (dict(format='base3'), "weights are 'base3'"),
     (dict(dtype='bfloat16'), 'activations are bfloat16'),
     (dict(target=dispatch.Target('tpu', 'v5e')), 'runs on cpu'),
   ],

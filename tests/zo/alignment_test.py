@@ -25,6 +25,12 @@ def test_cosine(b, expected):
   np.testing.assert_allclose(alignment.cosine(A, b), expected, atol=1e-6)
 
 
+def test_an_inner_product_is_in_float32():
+  b = {'x': jnp.bfloat16([2, 1]), 'y': jnp.bfloat16([[0.5]])}
+  found = alignment.dot(A, b)
+  assert (float(found), found.dtype) == (8, jnp.float32)
+
+
 def test_no_direction_has_no_cosine():
   zero = jax.tree.map(jnp.zeros_like, A)
   assert np.isnan(alignment.cosine(A, zero))

@@ -36,12 +36,15 @@ def test_an_estimate_is_the_gradient_projected_on_each_direction():
     params()
   )
   true = flat(jax.grad(loss)(params()))
-  expected = 0
+  expected, squares = 0, []
   for key in spsa.direction_keys(KEY, 3):
     z = flat(perturb.direction(params(), key, '.*'))
     expected += (true @ z) * z / 3
+    squares.append((true @ z) ** 2)
   np.testing.assert_allclose(flat(found[1]), expected, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(found[0], loss(params()), rtol=1e-6)
+  np.testing.assert_allclose(found[0]['loss'], loss(params()), rtol=1e-6)
+  rms = np.sqrt(np.mean(squares))
+  np.testing.assert_allclose(found[0]['slope'], rms, rtol=1e-4)
 
 
 def test_two_points_close_together_agree_with_it():
