@@ -169,6 +169,7 @@ def test_an_optimizer_gets_the_estimate_of_what_is_trained():
     )
 
 
+@pytest.mark.slow
 def test_forward_mode_has_the_slope_of_the_gradient():
   fields = {
     'optim.estimator': 'forward',
@@ -247,6 +248,7 @@ def test_quantized_matrices_are_read_and_left_alone(fields):
   assert count == 3
 
 
+@pytest.mark.slow
 def test_masters_in_bfloat16_learn_and_are_evaluated():
   kernels = {'zo.perturbed': r'.*/kernel', 'zo.master': 'bfloat16'}
   fields = {'zo.directions': 16, 'optim.peak_lr': 4e-3, **kernels, **SCANNED}

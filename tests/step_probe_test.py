@@ -20,7 +20,9 @@ def of_this_process(monkeypatch, count):
   monkeypatch.setattr(targets, 'devices', lambda _: jax.devices()[:count])
 
 
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize(
+  'devices', [1, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_the_real_step_is_compiled(monkeypatch, devices):
   of_this_process(monkeypatch, devices)
   config = tiny.config(

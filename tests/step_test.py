@@ -263,7 +263,7 @@ def compiled_for(method, mesh):
     pytest.param('pquant', 'data=2,fsdp=4', marks=pytest.mark.slow),
     pytest.param('pquant8', 'data=8', marks=pytest.mark.slow),
     pytest.param('pquant8', 'fsdp=8', marks=pytest.mark.slow),
-    ('pquant8', 'data=2,fsdp=4'),
+    pytest.param('pquant8', 'data=2,fsdp=4', marks=pytest.mark.slow),
   ],
 )
 def test_a_mesh_trains_like_one_device(method, mesh):

@@ -161,6 +161,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
   assert outcomes.outcome(tmp_path / 'run') == outcomes.outcome(complete)
 
 
+@pytest.mark.slow
 def test_a_run_with_scanned_layers_leaves_what_others_leave(
   complete, cache_dir, tmp_path, monkeypatch
 ):
@@ -295,6 +296,7 @@ def test_a_signal_during_an_evaluation_saves_at_once(
   assert not any('eval/loss' in row for row in metrics.read(tmp_path))
 
 
+@pytest.mark.slow
 def test_experts_log_their_load(cache_dir, tmp_path):
   changes = {'train.steps': 4, 'model.n_experts': 2}
   assert train.run(small(cache_dir, **changes), tmp_path) == 0

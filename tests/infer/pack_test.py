@@ -110,8 +110,12 @@ def logits(model, params):
 
 @pytest.mark.parametrize(
   'method',
-  ['fp', 'bitnet', 'b158', 'pquant', 'pquant8', 'onebit', 'lsq', 'paretoq']
-  + ['integer', 'mixed'],
+  ['bitnet', 'pquant8', 'mixed']  # Which has a layer of each format.
+  + [
+    pytest.param(method, marks=pytest.mark.slow)
+    for method in ('fp', 'b158', 'pquant', 'onebit', 'lsq', 'paretoq')
+  ]
+  + [pytest.param('integer', marks=pytest.mark.slow)],
 )
 def test_packed_logits_are_those_of_training(method):
   model, params = trained(config(method))

@@ -227,6 +227,7 @@ def test_beyond_its_capacity_an_expert_gives_nothing():
   assert float(share) == pytest.approx(dropped / 12) and dropped
 
 
+@pytest.mark.slow
 def test_jitter_is_noise_on_what_the_router_reads_in_training_alone():
   module, params, x_BTD = ffn_layers.layer(n_experts=4, router_jitter=0.5)
   calm, _, _ = ffn_layers.layer(n_experts=4)

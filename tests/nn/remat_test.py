@@ -53,7 +53,12 @@ def size(leaves):
 
 
 @pytest.mark.parametrize(
-  ('method', 'scan'), [('fp', False), ('bitnet', True), ('pquant4', True)]
+  ('method', 'scan'),
+  [
+    ('fp', False),
+    ('bitnet', True),
+    pytest.param('pquant4', True, marks=pytest.mark.slow),
+  ],
 )
 def test_no_policy_changes_values(method, scan):
   @functools.partial(jax.jit, static_argnums=0)

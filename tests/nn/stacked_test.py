@@ -139,8 +139,8 @@ def test_both_forms_have_the_same_parameters(method):
     ('bitnet', 'dots'),
     ('pquant', 'block'),
     ('pquant4', 'none'),
-    ('pquant4', 'block'),
-    ('pquant4', 'dots'),
+    pytest.param('pquant4', 'block', marks=pytest.mark.slow),
+    pytest.param('pquant4', 'dots', marks=pytest.mark.slow),
   ],
 )
 def test_both_forms_have_the_same_loss_and_gradients(method, remat):
