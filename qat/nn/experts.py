@@ -142,21 +142,23 @@ def project(
 
   Args:
     pairs: inputs `[B, T, K]` and stacks `[E, K, N]`. An input that several
-      pairs share is gathered once.
+      pairs share is gathered once, and multiplied once where that can be.
     layout: of the tokens.
     method: how to multiply.
 
   Returns:
     For each pair float32 `[G, S, N]`.
   """
-  gathered: dict[int, dot.Operand] = {}
-  for x, _ in pairs:
-    if id(x) not in gathered:
-      gathered[id(x)] = gather(x, layout)
-  return [
-    grouped_dot.grouped_dot(gathered[id(x)], w, layout.expert_GC, method)
-    for x, w in pairs
-  ]
+  readers: dict[int, list[int]] = {}
+  for i, (x, _) in enumerate(pairs):
+    readers.setdefault(id(x), []).append(i)
+  found = {}
+  for same in readers.values():
+    x = gather(pairs[same[0]][0], layout)
+    weights = [pairs[i][1] for i in same]
+    ys = grouped_dot.grouped_dots(x, weights, layout.expert_GC, method)
+    found |= dict(zip(same, ys, strict=True))
+  return [found[i] for i in range(len(pairs))]
 
 
 def gather(x: dot.Operand, layout: Layout) -> dot.Operand:

@@ -21,6 +21,7 @@ operand is multiplied and kept instead.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 
@@ -193,10 +194,43 @@ def parts(
   q = operand.quantized
   if q is None:
     return None, None
-  if isinstance(q, qtensor.QTensor) and q.zero is None and q.exact is None:
-    if q.scale.shape[contracted] == 1:
-      return q.codes, q.scale
+  if isinstance(q, qtensor.QTensor) and not _has_more(q, contracted):
+    return q.codes, q.scale
   return q.dequantize(method.dtype), None
+
+
+def beside(weights: Sequence[Operand]) -> Operand | None:
+  """Matrices or stacks `[..., K, N]` of one K as one, their columns in a row.
+
+  Returns:
+    The weight whose columns are those of all, each with its own scale; None
+    where some are quantized in another way than others, or have more to them
+    than a code and the scale of a column.
+  """
+  quantized = [w.quantized for w in weights]
+  if any(q is not None for q in quantized):
+    for q in quantized:
+      if not isinstance(q, qtensor.QTensor) or _has_more(q, -2):
+        return None
+    if len({q.alphabet for q in quantized}) > 1:
+      return None
+  value = jnp.concatenate([w.value for w in weights], -1)
+  if quantized[0] is None:
+    return Operand(value, None)
+  scales = [
+    jnp.broadcast_to(q.scale, (*q.shape[:-2], 1, q.shape[-1]))
+    for q in quantized
+  ]
+  codes = jnp.concatenate([q.codes for q in quantized], -1)
+  scale = jnp.concatenate(scales, -1)
+  return Operand(value, qtensor.QTensor(codes, scale, quantized[0].alphabet))
+
+
+def _has_more(q: qtensor.QTensor, contracted: int) -> bool:
+  """Whether values are more than codes and scales of the other axis."""
+  return not (
+    q.zero is None and q.exact is None and q.scale.shape[contracted] == 1
+  )
 
 
 def rows_of(x: Operand, method: Method) -> tuple[jax.Array, jax.Array | None]:

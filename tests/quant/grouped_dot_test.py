@@ -64,6 +64,46 @@ def test_a_tile_is_a_product_with_its_matrix(spec, method):
     np.testing.assert_allclose(a, b, atol=tolerance)
 
 
+@products.for_methods
+@pytest.mark.parametrize('spec', SPECS, ids=products.name)
+def test_stacks_side_by_side_are_products_with_each(spec, method):
+  def forward(form, x, w, other):
+    weights = [products.make_weight(a, spec) for a in (w, other)]
+    x, expert_GC = dot.make_input(x, spec), jnp.asarray(EXPERT_GC)
+    if form == 'together':
+      return grouped_dot.grouped_dots(x, weights, expert_GC, method)
+    return [grouped_dot.grouped_dot(x, w, expert_GC, method) for w in weights]
+
+  other_EKN = 3 * jnp.asarray(products.normal(4, INPUTS, 2 * OUTPUTS, seed=3))
+  dys = [DY_GSN, jnp.asarray(products.normal(2, 3 * TILE, 2 * OUTPUTS, seed=4))]
+  found, expected = (
+    jax.vjp(lambda *a, form=form: forward(form, *a), X_GSK, W_EKN, other_EKN)
+    for form in ('together', 'alone')
+  )
+  for a, b in zip(found[0], expected[0], strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  tolerance = 0.1 if method.dtype == 'bfloat16' else 2e-5
+  pairs = zip(found[1](dys), expected[1](dys), strict=True)
+  for a, b in pairs:
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_stacks_of_several_kinds_are_not_joined():
+  specs = SPECS[1], SPECS[2]
+  x = dot.make_input(X_GSK, specs[0])
+  weights = [products.make_weight(W_EKN, spec) for spec in specs]
+  assert dot.beside(weights) is None
+  found = grouped_dot.grouped_dots(
+    x, weights, jnp.asarray(EXPERT_GC), products.FLOAT32
+  )
+  for y, spec in zip(found, specs, strict=True):
+    weight = products.make_weight(W_EKN, spec)
+    alone = grouped_dot.grouped_dot(
+      x, weight, jnp.asarray(EXPERT_GC), products.FLOAT32
+    )
+    np.testing.assert_array_equal(y, alone)
+
+
 def test_the_backward_pass_keeps_codes_alone():
   spec = next(s for s in SPECS if s.weight == 'int8')
   method = products.FLOAT32
