@@ -193,6 +193,7 @@ TABLE: tuple[Row, ...] = (
   ),
   Row('grouped_matmul', 'reference'),
   Row('quantized_train_matmul', 'tpu', 'tpu', _TPUS, ('int8',)),
+  Row('quantized_train_matmul', 'gpu', 'gpu', _HOPPER, ('int8',)),
   Row('quantized_train_matmul', 'reference'),
 )
 

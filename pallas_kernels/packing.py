@@ -143,8 +143,11 @@ def pack(
   if planes > 1:
     index = index.astype(jnp.uint8)
     index = index.reshape(*stack, -1, planes, block, outputs + rest[1])
-    data = sum(index[..., b, :, :] * jnp.uint8(base**b) for b in range(planes))
-    data = data.reshape(*stack, -1, outputs + rest[1])
+    # A reduction: of a sum of slices XLA for GPUs writes every slice to memory.
+    worth = jnp.asarray([base**b for b in range(planes)], jnp.uint8)
+    worth = jnp.expand_dims(worth, (*range(len(stack) + 1), -2, -1))
+    data = jnp.sum(index * worth, -3, dtype=jnp.int32)
+    data = data.astype(jnp.uint8).reshape(*stack, -1, outputs + rest[1])
     index = lax.bitcast_convert_type(data, jnp.int8)
   data = index if axis == -2 else index.swapaxes(-1, -2)
   return Packed(

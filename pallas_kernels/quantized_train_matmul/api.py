@@ -4,12 +4,14 @@ import jax
 from jax import numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.quantized_train_matmul import gpu
 from pallas_kernels.quantized_train_matmul import reference
 from pallas_kernels.quantized_train_matmul import tpu
 
 IMPLEMENTATIONS = {
   'reference': reference.quantized_train_matmul,
   'tpu': tpu.quantized_train_matmul,
+  'gpu': gpu.quantized_train_matmul,
 }
 
 
