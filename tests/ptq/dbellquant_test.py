@@ -123,23 +123,21 @@ def test_options_are_those_of_the_reference(changes):
   assert np.abs(plain - expected).max() > 0.01
 
 
-def test_losses_and_their_gradient():
+@pytest.mark.parametrize('dtmd_weight', [0.0, 300.0])
+def test_losses_and_their_gradient(dtmd_weight):
   absmax, w = layer()
   t, w = absmax[:12], w[:12]
   padded = jnp.pad(jnp.asarray(w), ((0, 4), (0, 0)))
   real = jnp.arange(16) < 12
+  wide = jnp.pad(jnp.asarray(t), (0, 4), constant_values=1)
   for power in (1, 2):
-
-    @jax.jit
-    def loss(t, power=power):
-      return dbellquant.losses(t, padded, real, power)
-
-    wide = jnp.pad(jnp.asarray(t), (0, 4), constant_values=1)
-    np.testing.assert_allclose(
-      loss(wide), losses(np.float64(t), np.float64(w), power), rtol=1e-5
+    *found, gradient = jax.jit(dbellquant.slope, static_argnums=(3, 4))(
+      wide, padded, real, power, dtmd_weight
     )
-    gradient = jax.jit(jax.jacobian(loss))(wide)[0]
-    expected = slope(np.float64(t), np.float64(w), power, 0)
+    np.testing.assert_allclose(
+      found, losses(np.float64(t), np.float64(w), power), rtol=1e-5
+    )
+    expected = slope(np.float64(t), np.float64(w), power, dtmd_weight)
     np.testing.assert_allclose(
       gradient[:12], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
     )
