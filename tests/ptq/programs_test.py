@@ -32,23 +32,66 @@ def test_every_shape_is_compiled_once_and_nothing_is_run():
     found = programs.measure(config, ptq, jax.devices()[0])
   names = [row['name'] for row in found['programs']]
   assert names == [
+    'embedding',
     'statistics of attn/q',
     'statistics of attn/o',
     'statistics of ffn/gate',
     'statistics of ffn/down',
     'factor of 32 inputs',
     'factor of 48 inputs',
-    'codes of attn/q, 32 x 32',
-    'codes of ffn/gate, 32 x 48',
-    'codes of ffn/down, 48 x 32',
+    *(
+      f'{what} of {matrix}'
+      for matrix in (
+        'attn/q, 32 x 32',
+        'ffn/gate, 32 x 48',
+        'ffn/down, 48 x 32',
+      )
+      for what in ('codes', 'errors', 'scores')
+    ),
     'a block',
+    'a block in float32',
     'gradient of the loss',
     'gradients of a block',
   ]
   by_name = {row['name']: row for row in found['programs']}
-  # The states of all sequences but the batch's own are beside a block.
-  assert by_name['a block']['beside_bytes'] == 4 * (8 - 2) * 16 * 32
+  # The states of the other sequences are on the host; the block stays while
+  # its Hessian is factored.
+  assert by_name['a block']['beside_bytes'] == 0
+  assert by_name['factor of 48 inputs']['beside_bytes'] == found['block_bytes']
   assert all(row['peak_bytes'] > 0 for row in found['programs'])
+
+
+def test_no_program_needs_more_than_a_block_and_all_hidden_states():
+  # In the proportions of an 8B LLaMA 3 and 128 x 2048 tokens.
+  config = tiny.config(
+    'fp',
+    {
+      'model.attention': 'xla',
+      'model.d_model': 64,
+      'model.d_ff': 224,
+      'model.n_layers': 3,
+      'model.n_heads': 4,
+      'model.n_kv_heads': 1,
+    },
+  )
+  ptq = tacq.get_config()
+  with ptq.unlocked():
+    ptq.calibration.sequences, ptq.calibration.length = 128, 16
+    ptq.calibration.batch_size = ptq.calibration.gradient_batch = 4
+  with tiny.compiled_quickly():
+    found = programs.measure(config, ptq, jax.devices()[0])
+  assert found['limit_bytes'] == found['block_bytes'] + found['states_bytes']
+  both = [row['peak_bytes'] + row['beside_bytes'] for row in found['programs']]
+  assert found['most_bytes'] == max(both) <= found['limit_bytes']
+
+
+def test_layers_that_are_observed_together_are_one_program():
+  config, ptq = configs(gptq)
+  with ptq.unlocked():
+    ptq.true_sequential = False
+  names = [program.name for program in programs.programs(config, ptq, 'cpu')]
+  assert names[1] == 'statistics of attn/q, attn/o, ffn/gate, ffn/down'
+  assert names[2] == 'factor of 32 inputs'
 
 
 def test_only_the_walks_it_knows_are_compiled():
