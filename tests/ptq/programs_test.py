@@ -26,11 +26,17 @@ def test_sizes_are_those_of_a_block_and_of_all_hidden_states():
   assert found.states == 4 * 8 * 16 * 32
 
 
-def test_every_shape_is_compiled_once_and_nothing_is_run():
+@pytest.fixture(scope='module')
+def measured():
   config, ptq = configs(tacq)
+  with ptq.unlocked():
+    ptq.calibration.sequences = 32  # Twice a block, as with 128 x 2048 tokens.
   with tiny.compiled_quickly():
-    found = programs.measure(config, ptq, jax.devices()[0])
-  names = [row['name'] for row in found['programs']]
+    return programs.measure(config, ptq, jax.devices()[0])
+
+
+def test_every_shape_is_compiled_once_and_nothing_is_run(measured):
+  names = [row['name'] for row in measured['programs']]
   assert names == [
     'embedding',
     'statistics of attn/q',
@@ -53,36 +59,21 @@ def test_every_shape_is_compiled_once_and_nothing_is_run():
     'gradient of the loss',
     'gradients of a block',
   ]
-  by_name = {row['name']: row for row in found['programs']}
+  by_name = {row['name']: row for row in measured['programs']}
   # The states of the other sequences are on the host; the block stays while
   # its Hessian is factored.
   assert by_name['a block']['beside_bytes'] == 0
-  assert by_name['factor of 48 inputs']['beside_bytes'] == found['block_bytes']
-  assert all(row['peak_bytes'] > 0 for row in found['programs'])
+  factor = by_name['factor of 48 inputs']
+  assert factor['beside_bytes'] == measured['block_bytes']
+  assert all(row['peak_bytes'] > 0 for row in measured['programs'])
 
 
-def test_no_program_needs_more_than_a_block_and_all_hidden_states():
-  # In the proportions of an 8B LLaMA 3 and 128 x 2048 tokens.
-  config = tiny.config(
-    'fp',
-    {
-      'model.attention': 'xla',
-      'model.d_model': 64,
-      'model.d_ff': 224,
-      'model.n_layers': 3,
-      'model.n_heads': 4,
-      'model.n_kv_heads': 1,
-    },
-  )
-  ptq = tacq.get_config()
-  with ptq.unlocked():
-    ptq.calibration.sequences, ptq.calibration.length = 128, 16
-    ptq.calibration.batch_size = ptq.calibration.gradient_batch = 4
-  with tiny.compiled_quickly():
-    found = programs.measure(config, ptq, jax.devices()[0])
-  assert found['limit_bytes'] == found['block_bytes'] + found['states_bytes']
-  both = [row['peak_bytes'] + row['beside_bytes'] for row in found['programs']]
-  assert found['most_bytes'] == max(both) <= found['limit_bytes']
+def test_no_program_needs_more_than_a_block_and_all_hidden_states(measured):
+  limit = measured['block_bytes'] + measured['states_bytes']
+  rows = measured['programs']
+  most = max(row['peak_bytes'] + row['beside_bytes'] for row in rows)
+  assert measured['limit_bytes'] == limit
+  assert measured['most_bytes'] == most <= limit
 
 
 def test_layers_that_are_observed_together_are_one_program():
