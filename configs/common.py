@@ -105,7 +105,8 @@ def base(size: str) -> ConfigDict:
   model.expert_form = 'auto'
   # Rows that 'grouped' multiplies by one matrix; fewer pad less.
   model.expert_tile = 128 if paper else 64
-  model.attention = 'auto'  # 'blocked', 'xla', 'cudnn', or what fits here.
+  # 'blocked', 'looped', 'xla', 'cudnn', or what fits here.
+  model.attention = 'auto'
   # What a block keeps of its forward pass until the backward pass. 'none': all
   # that is read again. 'dots': its input, attention's output, what products of
   # floats return, the int8 inputs of quantized products; element-wise work and

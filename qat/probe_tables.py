@@ -75,6 +75,7 @@ def walks(
   for result in results:
     if result['error'] is not None:
       continue
+    limit, most = result['limit_bytes'], result['most_bytes']
     table = rich_table.Table(title=f'{name} on {result["target"]}, GB')
     for column in ('', 'program', 'its temporaries', 'beside it', 'together'):
       table.add_column(column, justify='right' if column else 'left')
@@ -87,7 +88,9 @@ def walks(
     console.print(
       f'A block in float32 takes {result["block_bytes"] / 1e9:.2f} GB, the'
       ' hidden states of all calibration sequences'
-      f' {result["states_bytes"] / 1e9:.2f} GB.'
+      f' {result["states_bytes"] / 1e9:.2f} GB: the limit is'
+      f' {limit / 1e9:.2f} GB, the most at once {most / 1e9:.2f} GB,'
+      f' {"within" if most <= limit else "ABOVE"} it.'
     )
   failures(console, results)
 

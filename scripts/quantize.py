@@ -40,6 +40,8 @@ import sys
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 from rich import console as rich_console
@@ -85,6 +87,8 @@ def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
   out = options.out
   model_files.check_new(out)
   model = load.load_model(options.model, None)
+  # A walk takes its blocks from the host, one at a time.
+  model = model._replace(params=jax.device_get(model.params))
   # What is wrong with the config is told before the data are read.
   plan.make(model.config, model.params, ptq)
   dataset = _dataset(options, model)
@@ -241,7 +245,10 @@ def _evaluate(
   config.eval.batches = ptq.eval.batches
   config.eval.batch_size = ptq.eval.batch_size
   config.data.seq_len = ptq.eval.length or config.data.seq_len
-  params = windows.materialize(model.model, model.params)
+  params = jax.device_put(
+    model.params, NamedSharding(model.mesh, PartitionSpec())
+  )
+  params = windows.materialize(model.model, params)
   with rich_console.Console(stderr=True).status(f'Evaluation {when}'):
     return evaluate.evaluate(
       evaluate.make_eval_step(config, model.model, model.mesh),

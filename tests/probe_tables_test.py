@@ -82,9 +82,14 @@ def test_a_walk(shown):
   }
   walk = {'target': 'h200:1', 'error': None, 'programs': [row]}
   walk |= {'block_bytes': 4e9, 'states_bytes': 5e9}
+  walk |= {'limit_bytes': 9e9, 'most_bytes': 5e9}
   text = shown(probe_tables.walks, 'llama', [walk, FAILED])
   for part in ('3.00', '1.00', '2.00', '5.00', '4.00 GB', '[no] room'):
     assert part in text
+  text = ' '.join(text.split())
+  assert 'limit is 9.00 GB, the most at once 5.00 GB, within it.' in text
+  text = shown(probe_tables.walks, 'llama', [walk | {'most_bytes': 10e9}])
+  assert '10.00 GB, ABOVE it.' in ' '.join(text.split())
 
 
 def test_kernels_of_a_tpu(shown):

@@ -54,8 +54,8 @@ def base(algorithm: str) -> ConfigDict:
   # Inputs of a layer that are kept as they are, for methods that look at its
   # outputs (SliM-LLM); 0: none.
   calibration.rows = 0
-  # Examples whose hidden states before every block live at once while TaCQ's
-  # gradients are taken.
+  # Examples that a block takes at once while TaCQ's gradients are taken; the
+  # hidden states of so many before every block are on the host.
   calibration.gradient_batch = 4
 
   evaluation = config.eval = ConfigDict()

@@ -188,11 +188,14 @@ def causal_attention(
     q_BTNH: queries of N heads.
     k_BTKH: keys of K heads; K divides N.
     v_BTKH: values.
-    form: 'blocked' (fast on CPUs), 'xla', or 'cudnn' (flash attention).
+    form: 'blocked' (fast on CPUs), 'looped' (as few scores at once, for a GPU),
+      'xla', or 'cudnn' (flash attention).
 
   Returns:
     `[B, T, N, H]`.
   """
+  if form == 'looped':
+    return _looped(q_BTNH, k_BTKH, v_BTKH)
   if form != 'blocked':
     return jax.nn.dot_product_attention(
       q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=form
@@ -209,7 +212,7 @@ def choose_form(name: str, platform: str, devices: int, dtype: str) -> str:
   The blocked form walks over the sequences of a batch and so suits one device
   that holds the whole batch.
   """
-  forms = ('auto', 'blocked', 'xla', 'cudnn')
+  forms = ('auto', 'blocked', 'xla', 'cudnn', 'looped')
   if name not in forms:
     raise ValueError(f'model.attention={name!r}; one of {", ".join(forms)}.')
   if name == 'cudnn' and (platform != 'gpu' or dtype != 'bfloat16'):
@@ -232,6 +235,33 @@ def _cached_attention(q_BTNH, cache: Cache, positions_T) -> jax.Array:
   return jax.nn.dot_product_attention(
     q_BTNH, k_BSKH, v_BSKH, mask=mask_1TS[:, None], implementation='xla'
   )
+
+
+def _looped(
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+) -> jax.Array:
+  """XLA's form, block of queries after block, whose scores are never kept.
+
+  The blocked form is as sparing where its blocks follow one another, as on a
+  CPU; a GPU's compiler lays out all of them at once.
+  """
+  length = q_BTNH.shape[1]
+  block = min(_BLOCK, length)
+  q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
+  q_BctNH = q_BTNH.reshape(len(q_BTNH), -1, block, *q_BTNH.shape[2:])
+
+  @jax.checkpoint
+  def one(number_q):
+    number, q_BtNH = number_q
+    query_t = number * block + jnp.arange(block)
+    seen_tS = jnp.arange(length)[None] <= query_t[:, None]
+    return jax.nn.dot_product_attention(
+      q_BtNH, k_BTKH, v_BTKH, mask=seen_tS[None, None], implementation='xla'
+    )
+
+  numbers = jnp.arange(q_BctNH.shape[1])
+  y_cBtNH = lax.map(one, (numbers, q_BctNH.swapaxes(0, 1)))
+  return y_cBtNH.swapaxes(0, 1).reshape(q_BTNH.shape)[:, :length]
 
 
 # The blocked form. One sequence at a time, so that its scores stay in the

@@ -13,10 +13,12 @@ A config of `configs/ptq` names an algorithm, and the steps follow from it:
    is quantized on the inputs that the part of the model that is quantized
    already gives it; rtn, splitquant and omniquant need no inputs.
 
-Peak memory is one block in float32, its statistics and the hidden states of the
-calibration sequences, beside the parameters that are handed in; what is
-finished lies in a `partial.Store`, on disk. TaCQ also holds a
-number in float32 for every weight on the host, its gradient and then its score.
+What is on the device, beside the parameters if these are handed in there: one
+block in float32, and what is computed from it and a batch of calibration
+sequences. `programs` tells how much memory that is. The hidden states of all
+sequences are on the host, as are Gram matrices between two uses, and what is
+finished lies in a `partial.Store`, on disk. TaCQ also holds a number in float32
+for every weight on the host, its gradient and then its score.
 """
 
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 import dataclasses
 import time
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -168,12 +171,19 @@ def _walk(
     # Blocks that an earlier process has quantized are passed, too, so that the
     # hidden states after them are what they were there.
     if calibration:
-      params = job.block(block)
-      for path, leaf in leaves.items():
-        name = path.removeprefix(f'{block}/')
-        params = calibrate.with_kernel(params, name, leaf.dequantize())
-      calibration.advance(params)
+      calibration.advance(_quantized(job, block, leaves))
   return records
+
+
+def _quantized(
+  job: job_lib.Job, block: str, leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+  """A block's parameters with the values of its quantized matrices."""
+  params = job.block(block)
+  for path, leaf in leaves.items():
+    name = path.removeprefix(f'{block}/')
+    params = calibrate.with_kernel(params, name, leaf.dequantize())
+  return params
 
 
 def _quantize_block(
@@ -199,38 +209,79 @@ def _quantize_block(
     if calibration and job.ptq.true_sequential:
       statistics = calibration.statistics(params, names[:1], block)
     mine = statistics.get(names[0])
-    prepared = None
-    for name in names:
+    found = _quantize_group(
+      job, stage, core, keep, block, names, params, mine, learned
+    )
+    for name, one in found.items():
       path, w_KN = f'{block}/{name}', calibrate.kernel(params, name)
-      start = time.monotonic()
-      try:
-        _check_finite(w_KN, 'weights')
-        if learned:
-          prepared = omniquant.clip(learned, name)
-        elif prepared is None:
-          prepared = core.prepare(mine)
-        keep_KN = keep and keep(path)
-        leaf = jax.block_until_ready(core.quantize(w_KN, prepared, keep_KN))
-        value_KN = leaf.dequantize()
-        _check_finite(value_KN, 'quantized weights')
-      except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
-      seconds = time.monotonic() - start
-      packed[path] = packing.pack(leaf)
-      weight, output = _errors(w_KN, value_KN, mine and mine.gram_KK)
-      record = Record(
-        path,
-        *w_KN.shape,
-        stored_bits=packing.bits(packed[path][0]),
-        weight_error=float(weight),
-        output_error=None if output is None else float(output),
-        seconds=seconds,
-      )
-      notes.append(dataclasses.asdict(record))
+      packed[path] = one.packed
+      notes.append(dataclasses.asdict(_record(path, w_KN, one, mine)))
+      del w_KN  # Nothing of a group is to stay on the device but its values.
       if calibration:
-        params = calibrate.with_kernel(params, name, value_KN)
-      job.step(f'{stage}, {path}')
+        params = calibrate.with_kernel(params, name, one.value_KN)
   return packed, notes
+
+
+class _Quantized(NamedTuple):
+  """A matrix as it is stored, its values on the device, and the time taken."""
+
+  packed: tuple[packing.Arrays, packing.Meta]
+  value_KN: jax.Array
+  seconds: float
+
+
+def _quantize_group(
+  job: job_lib.Job,
+  stage: str,
+  core: cores.Core,
+  keep: prepare.Keep | None,
+  block: str,
+  names: Sequence[str],
+  params: Mapping[str, Any],
+  statistics: calibrate.Statistics | None,
+  learned: Mapping[str, np.ndarray],
+) -> dict[str, _Quantized]:
+  """Layers of a block that read one input, by name."""
+  found, prepared = {}, None
+  for name in names:
+    path, w_KN = f'{block}/{name}', calibrate.kernel(params, name)
+    start = time.monotonic()
+    try:
+      _check_finite(w_KN, 'weights')
+      if learned:
+        prepared = omniquant.clip(learned, name)
+      elif prepared is None:
+        prepared = core.prepare(statistics)
+      keep_KN = keep and keep(path)
+      leaf = jax.block_until_ready(core.quantize(w_KN, prepared, keep_KN))
+      value_KN = leaf.dequantize()
+      _check_finite(value_KN, 'quantized weights')
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from error
+    seconds = time.monotonic() - start
+    found[name] = _Quantized(packing.pack(leaf), value_KN, seconds)
+    del w_KN, keep_KN, leaf, value_KN  # Room for the next one.
+    job.step(f'{stage}, {path}')
+  return found
+
+
+def _record(
+  path: str,
+  w_KN: jax.Array,
+  found: _Quantized,
+  statistics: calibrate.Statistics | None,
+) -> Record:
+  weight, output = errors(
+    w_KN, found.value_KN, statistics and statistics.gram_KK
+  )
+  return Record(
+    path,
+    *w_KN.shape,
+    stored_bits=packing.bits(found.packed[0]),
+    weight_error=float(weight),
+    output_error=None if output is None else float(output),
+    seconds=found.seconds,
+  )
 
 
 def _chosen(plan: plan_lib.Plan, block: str) -> list[Sequence[str]]:
@@ -268,10 +319,16 @@ def _leaves(job: job_lib.Job) -> Iterator[tuple[str, Any]]:
 
 
 @jax.jit
-def _errors(
+def errors(
   w_KN: jax.Array, q_KN: jax.Array, gram_KK: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Relative squared errors of the weights and of the outputs."""
+  """Relative squared errors of the weights and of the outputs.
+
+  Args:
+    w_KN: a matrix.
+    q_KN: the values that it was given.
+    gram_KK: of its inputs; None: the errors of outputs are not wanted.
+  """
 
   def ratio(error: jax.Array, whole: jax.Array) -> jax.Array:
     # A matrix of zeros, or one that reads only zeros, has no error.

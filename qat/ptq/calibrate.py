@@ -1,9 +1,10 @@
 """Blocks one at a time: what their layers read, and what they pass on.
 
-The hidden states of all calibration sequences are kept, and the blocks take
-their turn on them. What lives at once is one block's float32 weights, the Gram
-matrices of its inputs and the hidden states. All functions are jitted once: the
-parameters of a block are an argument, so that every block is the first to them.
+The hidden states of all calibration sequences are kept on the host, and the
+blocks take their turn on them. What lives on the device at once is one block's
+float32 weights, the Gram matrices of its inputs and the hidden states of one
+batch. All functions are jitted once: the parameters of a block are an argument,
+so that every block is the first to them.
 """
 
 from collections.abc import Mapping
@@ -102,20 +103,40 @@ def one_block(model: transformer.Transformer, params: Mapping) -> OneBlock:
   return OneBlock(model.config, model.rules, model.method)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def embed(
-  model: transformer.Transformer, params: Mapping, tokens_BT: jax.Array
+  model: transformer.Transformer, params: Mapping, tokens_BT: np.ndarray
 ) -> jax.Array:
   """What the first block reads, `[B, T, D]`.
 
   Args:
     model: the model.
-    params: its parameters outside of the blocks.
+    params: its parameters outside of the blocks; of the embedding only the rows
+      of these tokens go to the device.
     tokens_BT: int token ids.
   """
-  positions_T = jnp.arange(tokens_BT.shape[1])
+  rows_BTD = np.asarray(params['embed']['embedding'])[tokens_BT]
+  others = {k: v for k, v in params.items() if k == 'positions'}
+  return embed_rows(model, others, rows_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed_rows(
+  model: transformer.Transformer, params: Mapping, rows_BTD: jax.Array
+) -> jax.Array:
+  """`embed`, from the rows of the embedding and `params['positions']`, if any.
+
+  It is a model of as many tokens as there are rows.
+  """
+  batch, length, width = rows_BTD.shape
+  model = transformer.changed(
+    model, vocab_size=batch * length, tied_embeddings=True
+  )
+  table = {'embedding': rows_BTD.reshape(-1, width)}
   return model.apply(
-    {'params': params}, tokens_BT, positions_T, method='embedded'
+    {'params': {**params, 'embed': table}},
+    jnp.arange(batch * length).reshape(batch, length),
+    jnp.arange(length),
+    method='embedded',
   )
 
 
@@ -174,6 +195,9 @@ def observe(
 class Calibration:
   """Hidden states of the calibration sequences before some block.
 
+  They and the Gram matrices are NumPy arrays between programs, so that a device
+  has one batch of them at a time. On a CPU these are the same memory.
+
   Attributes:
     block: the block that stands for all.
   """
@@ -202,12 +226,14 @@ class Calibration:
     self._count = rows
     top = outside(params)
     batches = list(examples.batches(batch_size))
-    self._weights = [jnp.asarray(weights_BT) for _, weights_BT in batches]
+    self._weights = [weights_BT for _, weights_BT in batches]
     rows_SR = examples.rows(rows, batch_size, seed)
     self._rows = [None] * len(batches)
     if rows_SR is not None:
       self._rows = list(map(jnp.asarray, np.split(rows_SR, len(batches))))
-    self._states = [embed(model, top, tokens_BT) for tokens_BT, _ in batches]
+    self._states = [
+      np.asarray(embed(model, top, tokens_BT)) for tokens_BT, _ in batches
+    ]
 
   def statistics(
     self,
@@ -222,7 +248,7 @@ class Calibration:
       params: of the block.
       names: its layers; see `observe`.
       path: of the block, for errors.
-      gram: whether Gram matrices are wanted.
+      gram: whether Gram matrices are wanted; they come as NumPy arrays.
 
     Raises:
       ValueError: an input of a layer is not finite.
@@ -252,15 +278,18 @@ class Calibration:
           ' calibration sequences. Look at the parameters of the layers before'
           " it, or run the model with config.model.dtype='float32'."
         )
+      if gram:
+        found = dataclasses.replace(found, gram_KK=np.asarray(found.gram_KK))
       if self._count:
         inputs_SK = jnp.concatenate(rows[name])[: self._count]
-        sums[name] = dataclasses.replace(found, inputs_SK=inputs_SK)
+        found = dataclasses.replace(found, inputs_SK=inputs_SK)
+      sums[name] = found
     return sums
 
   def advance(self, params: Mapping) -> None:
     """Moves on to what the block with these parameters passes on."""
     for i, x_BTD in enumerate(self._states):
-      self._states[i] = advance(self.block, params, x_BTD)
+      self._states[i] = np.asarray(advance(self.block, params, x_BTD))
 
 
 def outside(params: Mapping) -> dict[str, Any]:

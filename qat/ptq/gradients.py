@@ -3,8 +3,9 @@
 TaCQ (2504.07389) weighs each weight by how much the loss of the clean model
 depends on it: for each example the gradient of the mean next-token loss over
 all its tokens, in float32, its absolute value, summed. Taken block by block,
-from the last to the first, with the hidden states before each block kept from
-the way up, it needs one block's weights and gradients at a time.
+from the last to the first, with the hidden states before each block kept on the
+host from the way up, it needs one block's weights and gradients at a time, and
+before them the head.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 from ml_collections import ConfigDict
+from ml_collections import FrozenConfigDict
 import numpy as np
 
 from qat.nn import layers
@@ -38,7 +40,9 @@ def clean_model(config: ConfigDict, platform: str) -> transformer.Transformer:
   """
   config = config.copy_and_resolve_references().unlock()
   config.model.dtype = config.model.dot_dtype = 'float32'
-  config.model.attention, config.model.remat = 'auto', 'none'
+  # Few scores at once: those of a whole example are as large as a block.
+  config.model.attention = 'auto' if platform == 'cpu' else 'looped'
+  config.model.remat = 'none'
   config.model.scan_layers = False
   return transformer.build(config, platform, 1)
 
@@ -98,7 +102,7 @@ def loss_gradient(
 
   Args:
     model: from `clean_model`.
-    params: its parameters outside of the blocks.
+    params: the part of its parameters that `last` names.
     x_BTD: what the last block passes on.
     tokens_BT: the examples.
     weights_BT: 1 where a token is, 0 on padding; the first token is predicted
@@ -113,7 +117,7 @@ def loss_gradient(
   targets_BT = jnp.roll(tokens_BT, -1, axis=1)
   counted_BT = weights_BT * jnp.roll(weights_BT, -1, axis=1).at[:, -1].set(0)
   counted_BT /= jnp.maximum(jnp.sum(counted_BT, 1, keepdims=True), 1)
-  table = params['embed']['embedding'] if c.tied_embeddings else params['head']
+  (table,) = jax.tree.leaves(params[_head(c)])
   norm = layers.make_norm(c)
 
   def loss(x_TD, target_T, weight_T):
@@ -130,6 +134,20 @@ def loss_gradient(
   return lax.map(
     lambda row: jax.value_and_grad(loss)(*row), (x_BTD, targets_BT, counted_BT)
   )
+
+
+def last(config: FrozenConfigDict, params: Mapping) -> dict[str, Any]:
+  """What comes after the blocks: the final norm and the head's matrix.
+
+  Args:
+    config: the model section of a config.
+    params: the model's.
+  """
+  return {name: params[name] for name in ('final_norm', _head(config))}
+
+
+def _head(config: FrozenConfigDict) -> str:
+  return 'embed' if config.tied_embeddings else 'head'
 
 
 def absolute_gradients(
@@ -149,7 +167,8 @@ def absolute_gradients(
     params: its parameters, float, unstacked.
     examples: the examples, a sequence each.
     names: block -> its chosen layers: 'block_0' -> ('attn/q', ...).
-    batch_size: examples whose hidden states before every block live at once.
+    batch_size: examples that a block takes at once; the hidden states before
+      every block of so many are on the host.
     store: where the sums stand every few minutes, to go on from.
     show: told (a few words, maybe how many blocks) after each block.
 
@@ -172,31 +191,27 @@ def absolute_gradients(
       if n < first:
         show('gradients', 2 * len(blocks))
         continue
-      top = jax.tree.map(_float32, calibrate.outside(params))
-      states = [calibrate.embed(model, top, tokens_BT)]
+      states = [np.asarray(calibrate.embed(model, params, tokens_BT))]
       for name in blocks:
-        # Copied, because `advance` takes its input away.
-        weights = jax.tree.map(_float32, params[name])
-        states.append(calibrate.advance(block, weights, states[-1] + 0))
+        states.append(_forward(block, params[name], states[-1]))
         show(f'losses, {name}')
       loss_B, dx_BTD = loss_gradient(
-        model, top, states.pop(), tokens_BT, weights_BT
+        model,
+        jax.tree.map(_float32, last(config.model, params)),
+        states.pop(),
+        tokens_BT,
+        weights_BT,
       )
-      del top  # Of a small model, embedding and head are most of it.
       new = {}
       real = np.any(weights_BT, axis=1)
       losses += np.asarray(loss_B)[real].tolist()
       for name in reversed(blocks):
-        weights = jax.tree.map(_float32, params[name])
-        mine = names.get(name, ())
-        before = {
-          k: jnp.asarray(sums[f'{name}/{k}'])
-          if sums
-          else jnp.zeros_like(calibrate.kernel(weights, k))
-          for k in mine
-        }
-        found, dx_BTD = back(block, mine, weights, before, states.pop(), dx_BTD)
-        new |= {f'{name}/{k}': s for k, s in jax.device_get(found).items()}
+        mine = {k: f'{name}/{k}' for k in names.get(name, ())}
+        before = {k: sums[path] for k, path in mine.items()} if sums else None
+        found, dx_BTD = _backward(
+          block, tuple(mine), params[name], before, states.pop(), dx_BTD
+        )
+        new |= {mine[k]: sum_KN for k, sum_KN in found.items()}
         show(f'gradients, {name}')
       sums = new
       _check(sums, losses)
@@ -206,6 +221,36 @@ def absolute_gradients(
         store.save('gradients', sums, (n + 1, losses))
         saved = time.monotonic()
   return sums, losses
+
+
+# A function each, so that nothing of a block stays on the device after it.
+
+
+def _forward(
+  block: calibrate.OneBlock, params: Mapping, x_BTD: np.ndarray
+) -> np.ndarray:
+  weights = jax.tree.map(_float32, params)
+  # Copied, because `advance` takes its input away.
+  return np.asarray(calibrate.advance(block, weights, jnp.array(x_BTD)))
+
+
+def _backward(
+  block: calibrate.OneBlock,
+  names: tuple[str, ...],
+  params: Mapping,
+  before: Mapping[str, np.ndarray] | None,
+  x_BTD: np.ndarray,
+  dy_BTD: jax.Array,
+) -> tuple[dict[str, np.ndarray], jax.Array]:
+  """`back` with sums on the host; None: they are 0."""
+  weights = jax.tree.map(_float32, params)
+  if before is None:
+    kernels = {name: calibrate.kernel(weights, name) for name in names}
+    sums = jax.tree.map(jnp.zeros_like, kernels)
+  else:
+    sums = jax.tree.map(jnp.asarray, dict(before))
+  sums, dx_BTD = back(block, names, weights, sums, x_BTD, dy_BTD)
+  return jax.device_get(sums), dx_BTD
 
 
 def _float32(leaf: jax.Array) -> jax.Array:

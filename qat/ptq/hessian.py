@@ -65,14 +65,22 @@ def factor(
       f'Statistics of tokens={float(statistics.tokens)}: calibrate with at'
       ' least one token before quantizing.'
     )
-  found = _factor(statistics, jnp.float32(percdamp), act_order)
-  if not bool(jnp.all(jnp.isfinite(found.diagonal_K))):
-    raise ValueError(
-      f'The Hessian of {found.order_K.size} inputs has no Cholesky factor'
-      f' with percdamp={percdamp}, added {int(found.raises) + 1} times; raise'
-      ' percdamp, and look for NaN or infinite activations.'
+  for raises in range(MAX_RAISES + 1):
+    found = attempt(
+      jnp.array(statistics.gram_KK, jnp.float32),  # Always a copy.
+      statistics.tokens,
+      jnp.float32(percdamp),
+      jnp.int32(raises),
+      act_order,
     )
-  return found
+    if bool(jnp.all(jnp.isfinite(found.diagonal_K))):
+      return found
+    del found  # It is as large as the copy for the next attempt.
+  raise ValueError(
+    f'The Hessian of {statistics.absmax_K.size} inputs has no Cholesky factor'
+    f' with percdamp={percdamp}, added {MAX_RAISES + 1} times; raise'
+    ' percdamp, and look for NaN or infinite activations.'
+  )
 
 
 def factored(
@@ -100,45 +108,51 @@ def factored(
   return factor(statistics, percdamp, act_order)
 
 
-@functools.partial(jax.jit, static_argnames='act_order')
-def _factor(
-  statistics: statistics_lib.Statistics, percdamp: jax.Array, act_order: bool
+@functools.partial(jax.jit, static_argnames='act_order', donate_argnums=0)
+def attempt(
+  gram_KK: jax.Array,
+  tokens: jax.Array,
+  percdamp: jax.Array,
+  raises: jax.Array,
+  act_order: bool,
 ) -> Factor:
-  gram_KK = statistics.gram_KK.astype(jnp.float32)
-  inputs = gram_KK.shape[0]
-  hessian_KK = gram_KK * (2 / statistics.tokens)
-  diagonal_K = jnp.diagonal(hessian_KK)
+  """The factor with the damping added `raises` times more than once.
+
+  Two matrices live at once: the Hessian, which is factored in its place, and
+  the Gram matrix, whose memory is then the result's.
+
+  Args:
+    gram_KK: of the inputs, float32; donated.
+    tokens: how many there were.
+    percdamp: as in `factor`.
+    raises: int32.
+    act_order: as in `factor`.
+
+  Returns:
+    A `diagonal_K` that is not finite where there is no such factor.
+  """
+  scale = 2 / tokens
+  diagonal_K = jnp.diagonal(gram_KK) * scale
   dead_K = diagonal_K == 0
   diagonal_K = jnp.where(dead_K, 1, diagonal_K)
-  order_K = jnp.arange(inputs, dtype=jnp.int32)
+  order_K = jnp.arange(gram_KK.shape[0], dtype=jnp.int32)
+  # Backwards, because the factor is to be upper triangular.
   if act_order:
     order_K = jnp.argsort(-diagonal_K, stable=True).astype(jnp.int32)
-    hessian_KK = hessian_KK[order_K][:, order_K]
     diagonal_K = diagonal_K[order_K]
+    # Rows and columns at once: one after the other is a matrix more.
+    back_K = order_K[::-1]
+    hessian_KK = gram_KK[back_K[:, None], back_K[None]] * scale
+  else:
+    hessian_KK = gram_KK[::-1, ::-1] * scale
   damp = percdamp * jnp.mean(diagonal_K)
-  at = jnp.arange(inputs)
-
-  def attempt(state):
-    raises, _ = state
-    diagonal = diagonal_K + damp * (raises + 2)
-    damped_KK = hessian_KK.at[at, at].set(diagonal)
-    # Backwards, because the factor is to be upper triangular.
-    lower_KK = jax.lax.linalg.cholesky(
-      damped_KK[::-1, ::-1], symmetrize_input=False
-    )
-    return raises + 1, lower_KK[::-1, ::-1]
-
-  def failed(state):
-    raises, root_KK = state
-    sound = jnp.all(jnp.isfinite(jnp.diagonal(root_KK)))
-    return ~sound & (raises < MAX_RAISES)
-
-  nothing_KK = jnp.full_like(hessian_KK, jnp.nan)
-  raises, root_KK = jax.lax.while_loop(
-    failed, attempt, (jnp.int32(-1), nothing_KK)
+  damped_K = diagonal_K + damp * (raises + 1)
+  eye_KK = jnp.eye(order_K.size, dtype=bool)
+  lower_KK = jax.lax.linalg.cholesky(
+    jnp.where(eye_KK, damped_K[::-1][None], hessian_KK), symmetrize_input=False
   )
-  root_K = jnp.diagonal(root_KK)
-  feedback_KK = jnp.triu(root_KK / root_K[None], 1)
+  root_K = jnp.diagonal(lower_KK)[::-1]
+  feedback_KK = jnp.triu(lower_KK[::-1, ::-1] / root_K[None], 1)
   return Factor(order_K, dead_K, feedback_KK, 1 / root_K, raises)
 
 

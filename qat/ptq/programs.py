@@ -6,6 +6,7 @@ need, matrix by matrix and block by block, as a compiler lays it out.
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 from typing import Any
 from typing import NamedTuple
 
@@ -15,11 +16,13 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from qat.nn import transformer
+from qat.ptq import apply
 from qat.ptq import calibrate
 from qat.ptq import gptq
 from qat.ptq import gradients
 from qat.ptq import hessian
 from qat.ptq import statistics as statistics_lib
+from qat.ptq import tacq as tacq_lib
 
 
 class Program(NamedTuple):
@@ -30,16 +33,18 @@ class Program(NamedTuple):
     run: jitted.
     arguments: static ones, and shapes with dtypes.
     beside: bytes that the walk holds on the device beside the arguments.
+    precise: whether it is traced under `gradients.precise`.
   """
 
   name: str
   run: Any
   arguments: tuple[Any, ...]
-  beside: int
+  beside: int = 0
+  precise: bool = False
 
 
 class Sizes(NamedTuple):
-  """Bytes of what a walk holds anyway."""
+  """Bytes of one block and of all hidden states; together the limit."""
 
   block: int
   states: int
@@ -77,54 +82,84 @@ def programs(
       f'config.algorithm={ptq.algorithm!r}; the programs of gptq and tacq can'
       ' be compiled.'
     )
-  shapes = _shapes(config)
-  params, tacq = shapes['block_0'], ptq.algorithm == 'tacq'
-  block = calibrate.one_block(transformer.build(config, platform, 1), shapes)
-  x_BTD, weights_BT = _batch(config, ptq, config.model.dtype)
-  held = sizes(config, ptq)
-  others = held.states - _bytes(x_BTD)
+  model = transformer.build(config, platform, 1)
+  shapes, tacq = _shapes(config), ptq.algorithm == 'tacq'
+  block, params = calibrate.one_block(model, shapes), shapes['block_0']
+  x_BTD, weights_BT = _batch(config, ptq, 'batch_size', config.model.dtype)
+  yield Program(
+    'embedding',
+    calibrate.embed_rows,
+    (
+      model,
+      {k: v for k, v in shapes.items() if k == 'positions'},
+      _like(x_BTD.shape, shapes['embed']['embedding'].dtype),
+    ),
+  )
   groups = calibrate.groups(config.model)
-  grams = {}
-  for group in groups:
-    name = group.layers[0]
-    grams[name] = _statistics(calibrate.kernel(params, name).shape[0])
+  grams = {
+    name: _statistics(calibrate.kernel(params, name).shape[0])
+    for name in (group.layers[0] for group in groups)
+  }
+  passes = [(n,) for n in grams] if ptq.true_sequential else [tuple(grams)]
+  for names in passes:
+    sums = {name: grams[name] for name in names}
     yield Program(
-      f'statistics of {name}',
+      f'statistics of {", ".join(names)}',
       calibrate.observe,
-      (block, (name,), params, {name: grams[name]}, x_BTD, weights_BT, None),
-      beside=others,
+      (block, names, params, sums, x_BTD, weights_BT, None),
     )
-  section = ptq.quantizer_options if tacq else ptq.method
-  options = gptq.Options(**section.to_dict())
-  factors, matrices = {}, {}
-  for group in groups:
-    gram = grams[group.layers[0]]
-    factors[gram.gram_KK.shape] = gram
-    for name in group.layers:
-      shape = calibrate.kernel(params, name).shape
-      matrices.setdefault(shape, (name, gram))
-  for (width, _), gram in factors.items():
-    yield Program(
-      f'factor of {width} inputs',
-      hessian._factor,
-      (gram, _like((), 'float32'), options.act_order),
-      beside=held.states + held.block,
-    )
-  for shape, (name, gram) in matrices.items():
-    factor = jax.eval_shape(
-      lambda gram: hessian._factor(gram, 0.01, options.act_order), gram
-    )
-    keep_KN = _like(shape, 'bool') if tacq else None
-    yield Program(
-      f'codes of {name}, {shape[0]} x {shape[1]}',
-      gptq.solve,
-      (_like(shape, 'float32'), factor, options, keep_KN),
-      # The matrix is the block's; the Gram matrix is read again, for errors.
-      beside=held.states + held.block - 4 * shape[0] * shape[1] + _bytes(gram),
-    )
-  yield Program('a block', calibrate.advance, (block, params, x_BTD), others)
+  yield from _codes(config, ptq, params, grams)
+  yield Program('a block', calibrate.advance, (block, params, x_BTD))
   if tacq:
     yield from _gradients(config, ptq, platform, shapes)
+
+
+def _codes(
+  config: ConfigDict, ptq: ConfigDict, params: Mapping, grams: Mapping
+) -> Iterator[Program]:
+  """From Gram matrices to codes and their errors, each shape once."""
+  tacq = ptq.algorithm == 'tacq'
+  section = ptq.quantizer_options if tacq else ptq.method
+  options = gptq.Options(**section.to_dict())
+  held, factors, matrices = _bytes(params), {}, {}
+  for group in calibrate.groups(config.model):
+    gram = grams[group.layers[0]]
+    attempt = (gram.gram_KK, _like((), 'float32'), _like((), 'float32'))
+    attempt += (_like((), 'int32'), options.act_order)
+    factors[gram.gram_KK.shape[0]] = attempt
+    kernels = {n: calibrate.kernel(params, n) for n in group.layers}
+    for name, w_KN in kernels.items():
+      # The matrix is the block's; the group's values are beside the block.
+      others = held + _bytes(kernels) - 2 * _bytes(w_KN)
+      matrices.setdefault(w_KN.shape, []).append((others, name, w_KN))
+  for width, attempt in factors.items():
+    yield Program(f'factor of {width} inputs', hessian.attempt, attempt, held)
+  for shape, found in matrices.items():
+    others, (_, name, w_KN) = max(found)[0], found[0]
+    attempt, (rows, columns) = factors[shape[0]], shape
+    factor = jax.eval_shape(
+      lambda *a, act_order=attempt[-1]: hessian.attempt(*a, act_order),
+      *attempt[:-1],
+    )
+    yield Program(
+      f'codes of {name}, {rows} x {columns}',
+      gptq.solve,
+      (w_KN, factor, options, _like(shape, 'bool') if tacq else None),
+      others + _bytes(w_KN),  # Its own value follows while the factor is there.
+    )
+    yield Program(
+      f'errors of {name}, {rows} x {columns}',
+      apply.errors,
+      (w_KN, w_KN, attempt[0]),
+      others,
+    )
+    if tacq:
+      yield Program(
+        f'scores of {name}, {rows} x {columns}',
+        tacq_lib.scores,
+        (w_KN, w_KN, w_KN),
+        held - _bytes(w_KN),
+      )
 
 
 def measure(
@@ -133,8 +168,10 @@ def measure(
   """Compiles all programs for a device; runs none.
 
   Returns:
-    Bytes: 'block_bytes', 'states_bytes', and 'programs', for each its name,
-    'peak_bytes', 'temporary_bytes', 'beside_bytes', and 'compiler_flops'.
+    Bytes: 'block_bytes', 'states_bytes', 'limit_bytes' (both together),
+    'most_bytes' (the largest peak with what is beside it), and 'programs', for
+    each its name, 'peak_bytes', 'temporary_bytes', 'beside_bytes', and
+    'compiler_flops'.
   """
   there = jax.sharding.SingleDeviceSharding(device)
 
@@ -146,7 +183,9 @@ def measure(
   rows = []
   for program in programs(config, ptq, device.platform):
     arguments = [jax.tree.map(place, a) for a in program.arguments]
-    compiled = program.run.lower(*arguments).compile()
+    how = gradients.precise if program.precise else contextlib.nullcontext
+    with how():
+      compiled = program.run.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     rows.append(
       {
@@ -161,6 +200,8 @@ def measure(
   return {
     'block_bytes': held.block,
     'states_bytes': held.states,
+    'limit_bytes': held.block + held.states,
+    'most_bytes': max(r['peak_bytes'] + r['beside_bytes'] for r in rows),
     'programs': rows,
   }
 
@@ -170,25 +211,31 @@ def _gradients(
 ) -> Iterator[Program]:
   model = gradients.clean_model(config, platform)
   block = calibrate.one_block(model, shapes)
-  x_BTD, weights_BT = _batch(config, ptq, 'float32', 'gradient_batch')
+  x_BTD, weights_BT = _batch(config, ptq, 'gradient_batch', 'float32')
   tokens_BT = _like(weights_BT.shape, 'int32')
-  top, params = calibrate.outside(shapes), shapes['block_0']
+  params = shapes['block_0']
   names = tuple(n for g in calibrate.groups(config.model) for n in g.layers)
   sums = {n: calibrate.kernel(params, n) for n in names}
-  # The hidden states before every block of these few examples are held then.
-  states = config.model.n_layers * _bytes(x_BTD)
-  yield Program(
-    'gradient of the loss',
-    gradients.loss_gradient,
-    (model, top, x_BTD, tokens_BT, weights_BT),
-    beside=states,
-  )
-  yield Program(
-    'gradients of a block',
-    gradients.back,
-    (block, names, params, sums, x_BTD, x_BTD),
-    beside=states - _bytes(x_BTD),
-  )
+  for name, run, arguments in (
+    ('a block in float32', calibrate.advance, (block, params, x_BTD)),
+    (
+      'gradient of the loss',
+      gradients.loss_gradient,
+      (
+        model,
+        gradients.last(config.model, shapes),
+        x_BTD,
+        tokens_BT,
+        weights_BT,
+      ),
+    ),
+    (
+      'gradients of a block',
+      gradients.back,
+      (block, names, params, sums, x_BTD, x_BTD),
+    ),
+  ):
+    yield Program(name, run, arguments, precise=True)
 
 
 def _shapes(config: ConfigDict) -> dict[str, Any]:
@@ -200,7 +247,7 @@ def _shapes(config: ConfigDict) -> dict[str, Any]:
 
 
 def _batch(
-  config: ConfigDict, ptq: ConfigDict, dtype: str, size: str = 'batch_size'
+  config: ConfigDict, ptq: ConfigDict, size: str, dtype: str
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
   shape = (ptq.calibration[size], ptq.calibration.length)
   return _like((*shape, config.model.d_model), dtype), _like(shape, 'float32')

@@ -20,7 +20,8 @@ class Statistics:
   No method here depends on the factor: damping and thresholds are relative.
 
   Attributes:
-    gram_KK: the sum over tokens of `x^T x`; None: it is not wanted.
+    gram_KK: the sum over tokens of `x^T x`, maybe as a NumPy array on the host;
+      None: it is not wanted.
     tokens: how many tokens were added, or the sum of their weights; a scalar.
     absmax_K: the largest |x| of each input.
     inputs_SK: the first rows that were added, as they were; None: none are

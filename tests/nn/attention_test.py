@@ -85,6 +85,9 @@ def test_the_reference_is_attention_query_by_query():
     ('blocked', 3, 1, 3),  # Shorter than a block,
     ('blocked', 4, 2, 8),  # whole blocks,
     ('blocked', 3, 1, 14),  # and a rest.
+    ('looped', 3, 1, 3),
+    ('looped', 4, 2, 8),
+    ('looped', 3, 1, 14),
   ],
 )
 def test_a_form_is_attention_in_float64(
@@ -118,7 +121,7 @@ def test_blocks_of_the_real_size(dtype):
     )
 
 
-@pytest.mark.parametrize('form', ['blocked', 'xla'])
+@pytest.mark.parametrize('form', ['blocked', 'looped', 'xla'])
 def test_large_scores_stay_finite(form):
   # exp(88) is the largest float32; these scores reach thousands.
   q, k, v = (100 * a for a in qkv(6, 2, 2))
@@ -126,7 +129,7 @@ def test_large_scores_stay_finite(form):
   assert all(jnp.all(jnp.isfinite(a)) for a in found)
 
 
-@pytest.mark.parametrize('form', ['blocked', 'xla'])
+@pytest.mark.parametrize('form', ['blocked', 'looped', 'xla'])
 def test_a_query_sees_nothing_after_itself(monkeypatch, form):
   monkeypatch.setattr(attention, '_BLOCK', 4)
   q, k, v = qkv(10, 2, 2)

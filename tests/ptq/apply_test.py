@@ -170,6 +170,25 @@ def test_what_is_finished_is_not_done_again_and_the_rest_is_the_same(
   assert calls == ['block_1'] and again.records == result.records
 
 
+@pytest.mark.parametrize('stem', ['gptq', 'tacq'])
+def test_parameters_on_the_host_give_the_same(
+  config, params, quantize, tmp_path, stem
+):
+  store = partial.Store(tmp_path / 'parts', {})
+  ptq, examples = clean.ptq(stem), clean.examples()
+  on_host = jax.device_get(params)
+  result = apply.quantize(config, on_host, ptq, examples, store)
+  expected = quantize(stem)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    dict(result.leaves()),
+    dict(expected.leaves()),
+  )
+  for mine, other in zip(result.records, expected.records, strict=True):
+    assert dataclasses.replace(mine, seconds=other.seconds) == other
+  assert result.notes == expected.notes
+
+
 def test_a_layer_that_is_not_chosen_stays(config, params, quantize):
   leaves = dict(quantize('rtn', layers='block_1/ffn/(up|down)').leaves())
   quantized = [p for p, leaf in leaves.items() if composed.is_quantized(leaf)]

@@ -2,6 +2,8 @@
 
 import functools
 
+import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,6 +59,45 @@ def test_statistics_are_those_of_one_pass_over_all_blocks(fields):
   # Another block compiles nothing.
   assert calibrate.advance._cache_size() <= compiled[0] + 1
   assert calibrate.observe._cache_size() <= compiled[1] + 1
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('fields', [{}, OPT], ids=['llama', 'opt'])
+def test_rows_of_the_embedding_are_what_the_model_embeds(fields, dtype):
+  config = clean.config(**fields, model__dtype=dtype)
+  params = clean.params(config)
+  model = transformer.build(config, 'cpu', 1)
+  tokens_BT = clean.examples().tokens_ST
+  outside = calibrate.outside(params)
+  found = calibrate.embed(model, jax.device_get(outside), tokens_BT)
+  expected = model.apply(
+    {'params': outside}, tokens_BT, np.arange(16), method='embedded'
+  )
+  assert found.dtype == expected.dtype == dtype
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_between_programs_all_that_is_large_is_on_the_host():
+  config = clean.config()
+  params = clean.params(config)
+  _, made = calibration(config, params)
+  # Blocks one after another, each batch at once, on the device alone.
+  expected = [jnp.array(x_BTD) for x_BTD in made._states]
+  for block in ('block_0', 'block_1'):
+    found = made.statistics(params[block], ['attn/q'], block)['attn/q']
+    assert isinstance(found.gram_KK, np.ndarray)
+    first = [np.array(x_BTD) for x_BTD in made._states]
+    held = list(made._states)
+    made.advance(params[block])
+    expected = [
+      calibrate.advance(made.block, params[block], x_BTD) for x_BTD in expected
+    ]
+    for mine, x_BTD in zip(made._states, expected, strict=True):
+      assert isinstance(mine, np.ndarray)
+      np.testing.assert_array_equal(mine, x_BTD)
+    # That a device takes its input away changes nothing on the host.
+    for before, copy in zip(held, first, strict=True):
+      np.testing.assert_array_equal(before, copy)
 
 
 def test_layers_that_read_one_input_are_a_group():

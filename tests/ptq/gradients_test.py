@@ -90,6 +90,8 @@ def test_the_clean_model_is_exact_whatever_the_config_says(config):
   assert model.config.dtype == model.config.dot_dtype == 'float32'
   assert isinstance(model, transformer.Transformer)
   assert config.model.dtype == 'bfloat16'
+  assert model.config.attention == 'blocked'
+  assert gradients.clean_model(config, 'gpu').config.attention == 'looped'
 
 
 def test_a_stopped_run_goes_on_to_the_same_sums(

@@ -1,5 +1,7 @@
 """The factor of a Hessian against the inverse that it stands for."""
 
+import dataclasses
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -62,6 +64,28 @@ def test_damping_is_raised_until_there_is_a_factor():
   U = np.array(hessian.inverse_root(found), np.float64)
   damped_KK = gram_KK + 0.03 * np.eye(2)
   np.testing.assert_allclose(U.T @ U @ damped_KK, np.eye(2), atol=2e-2)
+
+
+@pytest.mark.parametrize('act_order', [False, True])
+def test_the_statistics_stay_and_may_be_on_the_host(act_order):
+  made = statistics.of(jnp.asarray(inputs()))
+  before = np.array(made.gram_KK)
+  on_host = dataclasses.replace(made, gram_KK=np.array(before))
+  found = [hessian.factor(s, 0.01, act_order) for s in (made, on_host, made)]
+  for other in found[1:]:
+    jax.tree.map(np.testing.assert_array_equal, found[0], other)
+  np.testing.assert_array_equal(made.gram_KK, before)
+  np.testing.assert_array_equal(on_host.gram_KK, before)
+
+
+def test_a_factor_takes_the_place_of_the_gram_matrix():
+  gram_KK = jnp.asarray(inputs().T @ inputs())
+  numbers = jnp.float32(60), jnp.float32(0.01), jnp.int32(0)
+  compiled = hessian.attempt.lower(gram_KK, *numbers, False).compile()
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes >= gram_KK.nbytes
+  # The Hessian, and what is small.
+  assert memory.temp_size_in_bytes < 2 * gram_KK.nbytes
 
 
 def test_fewer_tokens_than_inputs_are_enough():
