@@ -235,7 +235,7 @@ def test_a_method_after_training_is_functions_on_arrays(path):
 def test_what_is_imported_is_declared_in_setup_py(path):
   # Of extras, code may import what it can do without; a test, what it needs.
   dists = declared()
-  known = dists[''] | dists['hf'] | dists['interop']
+  known = dists[''] | dists['hf'] | dists['interop'] | dists['llama']
   if path.startswith('scripts/bench'):
     known |= dists['compare']
   if path.startswith('tests/'):
