@@ -5,13 +5,13 @@
 PYTHON ?= python3
 EXTRAS ?= test
 FOLDER := .venv
-# What building an extra's packages needs.
-TOOLS :=
 ARGS ?=
 CONFIG ?= configs/pquant.py:tiny
 # configs/pquant.py:tiny -> runs/pquant-tiny
 WORKDIR ?= runs/$(subst :,-,$(subst .py,,$(notdir $(CONFIG))))
 
+# What compiling llama.cpp needs.
+TOOLS := $(if $(findstring llama,$(EXTRAS)),cmake ninja scikit-build-core)
 VENV := $(FOLDER)/bin/python
 # The stamp's name says what the environment was made from; the checkout's path
 # is part of it, because an editable install points there.
@@ -50,8 +50,7 @@ bench: $(STAMP)  ## Measure a training step.
 	$(VENV) scripts/bench.py train $(ARGS)
 
 bench-llama:  ## Measure decoding beside llama.cpp's, which is compiled first.
-	$(MAKE) FOLDER=.venv-llama EXTRAS=llama \
-	  TOOLS='cmake ninja scikit-build-core' measured-llama
+	$(MAKE) FOLDER=.venv-llama EXTRAS=llama measured-llama
 
 .PHONY: measured-llama
 measured-llama: $(STAMP)

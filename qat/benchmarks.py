@@ -188,7 +188,7 @@ def _plot(
     axes[-1].set_xlim(min([*limits, *(b.value for b in drawn)]) / 2)
   else:  # Limits far beyond the bars are left to the numbers.
     near = [limit for limit in limits if limit < 4 * longest]
-    axes[-1].set_xlim(0, 1.05 * max(near, default=longest))
+    axes[-1].set_xlim(0, 1.05 * max([longest, *near]))
   axes[-1].set_xlabel('ms, logarithmic' if times else 'tokens/s')
   picture.suptitle(f'{title}\n{machine()}, jax {jax.__version__}', fontsize=11)
   handles = {

@@ -92,6 +92,7 @@ def test_models_are_drawn_in_tokens(rate, tmp_path, drawn):
     *(tmp_path / 'a.png', 'title', rows, 'decode/s', 2, ('b', None))
   )
   (axis,) = drawn[0].axes
+  assert axis.get_xlim()[1] > 20_000
   a, b = lines(axis)
   assert a[:2] == ('a', 1600) and b[:2] == ('b', 20_000)
   assert a[3] != b[3]

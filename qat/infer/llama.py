@@ -137,7 +137,7 @@ class Decoder:
     """
     import llama_cpp
 
-    logging.getLogger('llama-cpp-python').setLevel(logging.ERROR)
+    logging.getLogger('llama-cpp-python').setLevel(logging.CRITICAL)
     self._cpp = llama_cpp
     llama_cpp.llama_backend_init()
     how = llama_cpp.llama_model_default_params()
