@@ -1,6 +1,6 @@
-# Every target makes its own environment, .venv (compile-check: .venv-compile),
-# when there is none or when it is not the one that setup.py and constraints.txt
-# describe.
+# Every target makes its own environment, .venv (compile-check: .venv-compile,
+# bench-llama: .venv-llama), when there is none or when it is not the one that
+# setup.py and constraints.txt describe.
 
 PYTHON ?= python3
 EXTRAS ?= test
@@ -10,6 +10,8 @@ CONFIG ?= configs/pquant.py:tiny
 # configs/pquant.py:tiny -> runs/pquant-tiny
 WORKDIR ?= runs/$(subst :,-,$(subst .py,,$(notdir $(CONFIG))))
 
+# What compiling llama.cpp needs.
+TOOLS := $(if $(findstring llama,$(EXTRAS)),cmake ninja scikit-build-core)
 VENV := $(FOLDER)/bin/python
 # The stamp's name says what the environment was made from; the checkout's path
 # is part of it, because an editable install points there.
@@ -19,8 +21,8 @@ INPUTS := $(shell { $(PYTHON) -VV; echo '$(CURDIR) $(EXTRAS)'; \
 STAMP := $(FOLDER)/made-from-$(INPUTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check format bench compile-check constraints \
-  clean
+.PHONY: help train test test-all check format bench bench-llama compile-check \
+  constraints clean
 
 help:  ## This list.
 	@echo 'make TARGET [PYTHON=python3.12] [EXTRAS=test,gpu] [ARGS=...]'
@@ -46,6 +48,13 @@ format: $(STAMP)  ## Mend what the linter can mend, and format.
 
 bench: $(STAMP)  ## Measure a training step.
 	$(VENV) scripts/bench.py train $(ARGS)
+
+bench-llama:  ## Measure decoding beside llama.cpp's, which is compiled first.
+	$(MAKE) FOLDER=.venv-llama EXTRAS=llama measured-llama
+
+.PHONY: measured-llama
+measured-llama: $(STAMP)
+	$(VENV) scripts/bench.py decode --llama $(ARGS)
 
 # Kernels are compiled for each kind; steps of pQuant, 1.3B, for the large ones.
 KINDS := v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1,h200
@@ -73,8 +82,8 @@ constraints: python-is-new-enough  ## Renew constraints.txt; use the oldest Pyth
 	mv .venv/constraints.txt constraints.txt
 
 clean:  ## Remove the environment and caches; never runs or data.
-	rm -rf .venv .venv-compile build dist *.egg-info .hypothesis \
-	  .pytest_cache .ruff_cache
+	rm -rf .venv .venv-compile .venv-llama build dist *.egg-info \
+	  .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # setuptools comes first: what venv brings is too old for setup.py; and jaxlib,
@@ -82,7 +91,7 @@ clean:  ## Remove the environment and caches; never runs or data.
 $(STAMP): | python-is-new-enough
 	$(PYTHON) -m venv --clear $(FOLDER)
 	$(VENV) -m pip install --quiet --constraint=constraints.txt \
-	  setuptools jaxlib
+	  setuptools jaxlib $(TOOLS)
 	$(VENV) -m pip install --quiet --constraint=constraints.txt \
 	  --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@

@@ -38,8 +38,10 @@ EXTRAS = {
   'interop': ['gguf>=0.17', 'huggingface-hub>=1.0'],  # Models of others.
   'hf': ['datasets>=4.0', 'huggingface-hub>=1.0'],  # Corpora of the hub.
   'compare': ['torch>=2.9', 'transformers>=5.0'],  # Tests against others.
+  # What `bench.py decode --llama` is compared with; compiled from source.
+  'llama': ['gguf>=0.19', 'llama-cpp-python>=0.3.36'],
   'test': [
-    'gguf>=0.17',
+    'gguf>=0.19',
     'hypothesis>=6.100',
     'ml_dtypes>=0.5',
     'pytest>=9.0',

@@ -21,6 +21,7 @@ EXTRAS = {
   'hf': ('datasets', 'corpora of the hub'),
   'interop': ('gguf', 'models of other programs'),
   'compare': ('torch', 'tests against other implementations'),
+  'llama': ('llama_cpp', 'measuring decoding beside llama.cpp'),
   'tpu': ('libtpu', 'training on TPUs, and compiling for them without one'),
   'gpu': ('jax_cuda13_plugin', 'training on GPUs, and compiling for them'),
 }

@@ -6,7 +6,8 @@
       --heads=16 --seq-len=512 --batch=8
   python scripts/bench.py train --size=300m --batch=8   # On an accelerator.
   python scripts/bench.py kernels
-  python scripts/bench.py decode --size=300m --json=d.json
+  python scripts/bench.py decode --size=300m --json=d.json --plot=d.png
+  python scripts/bench.py decode --llama   # Beside llama.cpp: make bench-llama.
   python scripts/bench.py prefill --size=300m --batch=4
 
 Every round runs one step of each variant in turn, so that a slow moment of the
@@ -50,6 +51,7 @@ from qat import flops
 from qat import optim
 from qat import sharding
 from qat import step as step_lib
+from qat.infer import llama
 from qat.infer import measure as measure_models
 from qat.nn import reference
 from qat.nn import transformer
@@ -233,23 +235,36 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
   Raises:
     ValueError: without the C++ extension.
   """
-  return benchmarks.show(list(measure.packed_products(args.rounds)))
+  rows = list(measure.packed_products(args.rounds))
+  if args.plot:
+    benchmarks.plot_products(args.plot, rows)
+  return benchmarks.show(rows)
 
 
 def models(args: argparse.Namespace) -> dict[str, Any]:
   """Times packed models, and full precision; returns and prints the figures."""
-  configs = {name: METHODS[name] for name in ('pquant', 'bitnet', 'fp')}
-  made = {n: m.get_config(args.size) for n, (m, _) in configs.items()}
   decode = args.what == 'decode'
-  rows = measure_models.speeds(
-    made,
-    batch=args.batch,
-    prompt=args.prompt or (16 if decode else 512),
-    tokens=64 if decode else 1,
-    rounds=args.rounds,
-    cache=args.cache,
+  prompt = args.prompt or (16 if decode else 512)
+  tokens = 64 if decode else 1
+  found, base = {}, None
+  if args.llama:  # First: its packages may be missing.
+    base, other = llama.random_model(fp.get_config(args.size), prompt + tokens)
+  for name in ('pquant', 'bitnet', 'fp'):
+    config = METHODS[name][0].get_config(args.size)
+    found[name] = measure_models.random_model(config, args.cache)
+  if base:
+    found[base] = other
+  shape = dict(batch=args.batch, prompt=prompt, tokens=tokens)
+  rows = list(
+    measure_models.speeds(found, **shape, rounds=args.rounds, base=base)
   )
-  return benchmarks.show(list(rows))
+  if args.plot:
+    title = f'{args.what} of {args.size}, batch {args.batch}, random weights'
+    once = args.batch if decode else args.batch * prompt
+    benchmarks.plot_models(
+      *(args.plot, title, rows, f'{args.what}/s', once, ('fp', base))
+    )
+  return benchmarks.show(rows)
 
 
 def main(argv: list[str]) -> int:
@@ -260,7 +275,7 @@ def main(argv: list[str]) -> int:
   commands = parser.add_subparsers(required=True, dest='what')
   command = commands.add_parser('kernels')
   command.add_argument('--rounds', type=int, default=30)
-  command.add_argument('--json', help='also write the result to this file')
+  benchmarks.add_outputs(command)
   for what in ('decode', 'prefill'):
     command = commands.add_parser(what)
     command.add_argument('--size', default='300m', choices=common.SIZES)
@@ -268,7 +283,10 @@ def main(argv: list[str]) -> int:
     command.add_argument('--prompt', type=int, help='tokens of a prompt')
     command.add_argument('--rounds', type=int, default=5)
     command.add_argument('--cache', help='of keys and values: int8, ...')
-    command.add_argument('--json', help='also write the result to this file')
+    if what == 'decode':
+      command.add_argument('--llama', action='store_true', help='and llama.cpp')
+    command.set_defaults(llama=False)
+    benchmarks.add_outputs(command)
   command = commands.add_parser(
     'train', formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
@@ -304,6 +322,8 @@ def main(argv: list[str]) -> int:
     )
   command.add_argument('--json', help='also write the result to this file')
   args = parser.parse_args(argv)
+  if args.what == 'decode' and args.llama and (args.batch > 1 or args.cache):
+    parser.error('--llama takes one text, and a 16-bit cache')
   if args.what == 'train':
     result = _train(parser, args)
   else:

@@ -1,14 +1,16 @@
 """How fast models of a shape read prompts and write texts, with random weights.
 
 It is `generate.batch` that is timed, as text is generated with it. Every round
-runs each model in turn, and reads memory once, so that a slow moment of the
-machine meets all of them.
+runs each model in turn, and reads memory, so that a slow moment of the machine
+meets all of them.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import time
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -24,82 +26,92 @@ from qat.infer import pack
 from qat.nn import transformer
 
 
+class Model(NamedTuple):
+  """What can be timed.
+
+  Attributes:
+    write: (prompts, tokens) -> an iterator that gives the first new token of
+      all texts, then the second, ..., each when it is known.
+    bytes: of its parameters.
+    vocabulary: token ids that a prompt may have.
+  """
+
+  write: Callable[[list[list[int]], int], Iterator[Any]]
+  bytes: int
+  vocabulary: int
+
+
 def speeds(
-  configs: Mapping[str, ConfigDict],
+  models: Mapping[str, Model],
   *,
   batch: int,
   prompt: int,
   tokens: int,
   rounds: int,
-  cache: str | None = None,
+  base: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Measures packed models; one of full precision has nothing to pack.
+  """Measures models.
 
   Args:
-    configs: by name, of the models.
+    models: by name.
     batch: texts at once.
     prompt: tokens of each prompt.
     tokens: new tokens of each text; with 1, decoding is not measured.
     rounds: how often each is timed; of a figure it is the median.
-    cache: of `generate.CACHES`; None: each model's `dot_dtype`.
+    base: the model that decoding is compared with, if there is one.
 
   Yields:
     For each model: 'model'; 'prefill/s' and 'decode/s', tokens of all texts in
-    a second (None where not measured); 'bytes' of its parameters; 'memory/s',
-    the bytes that all threads read in a second, where the C++ extension is; and
-    'of memory', the share of them that decoding needs if it reads each
-    parameter once for a step.
+    a second (None where not measured); with a base 'speedup', how many times as
+    fast as the base it decodes, the median of the rounds' ratios; 'bytes' of
+    its parameters; 'memory/s', the bytes that all threads read in a second,
+    where the C++ extension is; and 'of memory', the share of them that decoding
+    needs if it reads each parameter once for a step.
   """
-  models = {
-    name: (pack.for_packed(_model(c), None), random_params(c))
-    for name, c in configs.items()
-  }
   can_read = native.variants() and dispatch.here().platform == 'cpu'
   words = jnp.ones((1 << 24 if can_read else 1,), jnp.int32)
   read = jax.jit(measure.read_memory) if can_read else None
   taken = {name: [] for name in models}
   memory = []
   for i in range(rounds + 1):
-    for name, (model, params) in models.items():
-      found = _time(model, params, batch, prompt, tokens, cache)
+    for name, model in models.items():
+      found = _time(model, batch, prompt, tokens)
       if i:  # The first compiles.
         taken[name].append(found)
-    if read:
+    if read:  # The second time counts: threads are awake.
+      jax.block_until_ready(read(words))
       start = time.perf_counter()
       jax.block_until_ready(read(words))
       memory.append(time.perf_counter() - start)
   rate = words.nbytes / np.median(memory[1:]) if read else None
-  for name, (_, params) in models.items():
+  for name, model in models.items():
     first, rest = np.median(np.array(taken[name]), axis=0)
-    size = sum(pack.sizes(params).values())
     step = rest / (tokens - 1) if tokens > 1 else None
-    yield {
+    row = {
       'model': name,
       'prefill/s': batch * prompt / first,
       'decode/s': batch / step if step else None,
-      'bytes': size,
+    }
+    if base is not None:
+      ratios = [
+        theirs / mine
+        for (_, theirs), (_, mine) in zip(taken[base], taken[name], strict=True)
+      ]
+      row['speedup'] = float(np.median(ratios))
+    yield row | {
+      'bytes': model.bytes,
       'memory/s': rate,
-      'of memory': size / step / rate if step and rate else None,
+      'of memory': model.bytes / step / rate if step and rate else None,
     }
 
 
-def _model(config: ConfigDict) -> transformer.Transformer:
-  return transformer.build(config, jax.default_backend(), 1)
-
-
-def _time(model, params, batch, prompt, tokens, cache) -> tuple[float, float]:
+def _time(
+  model: Model, batch: int, prompt: int, tokens: int
+) -> tuple[float, float]:
   """Seconds to the first new token of all texts, and to the last from there."""
   rng = np.random.default_rng(0)
-  ids = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-  rows = generate.batch(
-    *(model, params, ids),
-    tokens=tokens,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    seeds=[0] * batch,
-    stop=-1,
-    cache=cache,
+  rows = model.write(
+    rng.integers(0, model.vocabulary, (batch, prompt)).tolist(), tokens
   )
   start = time.perf_counter()
   next(rows)
@@ -107,6 +119,31 @@ def _time(model, params, batch, prompt, tokens, cache) -> tuple[float, float]:
   for _ in rows:
     pass
   return first - start, time.perf_counter() - first
+
+
+def random_model(config: ConfigDict, cache: str | None = None) -> Model:
+  """A packed model of random weights; in full precision nothing is packed.
+
+  Args:
+    config: as for training.
+    cache: of `generate.CACHES`; None: the model's `dot_dtype`.
+  """
+  trained = transformer.build(config, jax.default_backend(), 1)
+  model, params = pack.for_packed(trained, None), random_params(config)
+
+  def write(prompts, tokens):
+    return generate.batch(
+      *(model, params, prompts),
+      tokens=tokens,
+      temperature=0.0,
+      top_k=0,
+      top_p=1.0,
+      seeds=[0] * len(prompts),
+      stop=-1,
+      cache=cache,
+    )
+
+  return Model(write, sum(pack.sizes(params).values()), config.model.vocab_size)
 
 
 def random_params(config: ConfigDict) -> dict[str, Any]:

@@ -16,10 +16,11 @@ def quickly():
 
 
 def test_models_are_measured_side_by_side():
-  configs = {name: tiny.config(name, tiny.EXACT) for name in ('fp', 'pquant')}
-  rows = list(
-    measure.speeds(configs, batch=2, prompt=4, tokens=3, rounds=1, cache='int8')
-  )
+  models = {
+    name: measure.random_model(tiny.config(name, tiny.EXACT), 'int8')
+    for name in ('fp', 'pquant')
+  }
+  rows = list(measure.speeds(models, batch=2, prompt=4, tokens=3, rounds=1))
   assert [row['model'] for row in rows] == ['fp', 'pquant']
   for row in rows:
     assert row['prefill/s'] > 0 and row['decode/s'] > 0
@@ -32,9 +33,36 @@ def test_models_are_measured_side_by_side():
 
 
 def test_a_prompt_alone_has_no_decoding():
-  configs = {'fp': tiny.config('fp', tiny.EXACT)}
-  (row,) = measure.speeds(configs, batch=1, prompt=4, tokens=1, rounds=1)
+  models = {'fp': measure.random_model(tiny.config('fp', tiny.EXACT))}
+  (row,) = measure.speeds(models, batch=1, prompt=4, tokens=1, rounds=1)
   assert row['decode/s'] is row['of memory'] is None
+
+
+def test_ratios_are_those_of_the_rounds(monkeypatch):
+  # Seconds of a prompt and of the step after it; the first round warms up.
+  slow, fast = iter([9, 9, 1, 8, 1, 2]), iter([9, 9, 1, 2, 1, 4])
+  clock = 0.0
+
+  def write(seconds):
+    def rows(prompts, tokens):
+      nonlocal clock
+      assert all(0 <= i < 5 for ids in prompts for i in ids)
+      for _ in range(tokens):
+        clock += next(seconds)
+        yield [0]
+
+    return rows
+
+  monkeypatch.setattr(measure.time, 'perf_counter', lambda: clock)
+  monkeypatch.setattr(measure.native, 'variants', lambda: ())
+  models = {
+    'slow': measure.Model(write(slow), 7, 5),
+    'fast': measure.Model(write(fast), 7, 5),
+  }
+  found = measure.speeds(
+    models, batch=1, prompt=2, tokens=2, rounds=2, base='slow'
+  )
+  assert [row['speedup'] for row in found] == [1, (8 / 2 + 2 / 4) / 2]
 
 
 def test_random_parameters_have_the_shapes_of_packed_ones():
