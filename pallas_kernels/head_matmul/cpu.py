@@ -1,4 +1,4 @@
-"""A few rows times the rows of a matrix, by the C++ extension.
+"""A table of bfloat16: a few rows times it, and some of its rows; in C++.
 
 XLA:CPU multiplies one row of bfloat16 in a plain loop, and by a library no
 faster than the matrix is read several times over.
@@ -36,3 +36,25 @@ def matmul(
     vmap_method='sequential',
   )
   return call(x_MK, w_NK, variant=native.number(variant))
+
+
+def rows(table_VD: jax.Array, ids_M: jax.Array) -> jax.Array:
+  """Rows of a table by number, bfloat16 `[M, D]`; NaN where there is none.
+
+  XLA:CPU copies the table to take rows of 16 bits from it.
+
+  Args:
+    table_VD: bfloat16.
+    ids_M: int32.
+
+  Raises:
+    ValueError: no extension.
+  """
+  native.number(None)
+  shape = (ids_M.shape[0], table_VD.shape[1])
+  call = jax.ffi.ffi_call(
+    'qat_bfloat16_rows',
+    jax.ShapeDtypeStruct(shape, table_VD.dtype),
+    vmap_method='sequential',
+  )
+  return call(table_VD, ids_M)

@@ -27,6 +27,9 @@ _HANDLERS = (
   'qat_packed_matmul_8',
   'qat_int8_matmul',
   'qat_bfloat16_matmul',
+  'qat_bfloat16_rows',
+  'qat_cached_attention_bfloat16',
+  'qat_cached_attention_float32',
   'qat_read_memory',
 )
 

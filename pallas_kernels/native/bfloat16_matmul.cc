@@ -139,6 +139,28 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x,
   return ffi::Error::Success();
 }
 
+// Rows by number; NaN for a number that there is not.
+ffi::Error Bfloat16Rows(ffi::Buffer<ffi::BF16> table,
+                        ffi::Buffer<ffi::S32> number,
+                        ffi::ResultBuffer<ffi::BF16> y) {
+  const auto shape = table.dimensions();
+  if (shape.size() != 2 || number.dimensions().size() != 1) {
+    return ffi::Error::InvalidArgument("want a table [N, K] and numbers [M]");
+  }
+  const int64_t N = shape[0], K = shape[1];
+  const auto* from = reinterpret_cast<const uint16_t*>(table.untyped_data());
+  auto* to = reinterpret_cast<uint16_t*>(y->untyped_data());
+  for (int64_t m = 0; m < number.dimensions()[0]; ++m, to += K) {
+    const int64_t n = number.typed_data()[m];
+    if (n >= 0 && n < N) {
+      std::memcpy(to, from + n * K, K * sizeof(*to));
+    } else {
+      std::memset(to, 0xff, K * sizeof(*to));
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace qat
 
@@ -149,3 +171,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_bfloat16_matmul, qat::Bfloat16Matmul,
                                   .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("variant"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(qat_bfloat16_rows, qat::Bfloat16Rows,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::BF16>>());

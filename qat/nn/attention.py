@@ -10,6 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 from ml_collections import FrozenConfigDict
 
+from pallas_kernels.cached_attention import cpu as native_attention
 from qat.nn import layers
 from qat.nn import remat
 from qat.quant import activations
@@ -48,6 +49,13 @@ class Cache(NamedTuple):
       lambda a, b, start: lax.dynamic_update_slice(a, b, (start, 0, 0))
     )
     return jax.tree.map(lambda a, b: write(a, b, positions_T[:, 0]), self, new)
+
+  def holds_one_more(self, *new_BTNH: jax.Array) -> bool:
+    """Whether `new_BTNH` are of one token, and floats as those here are."""
+    kept = self.keys_BSKH.dtype if isinstance(self.keys_BSKH, jax.Array) else ''
+    return kept in native_attention.DTYPES and all(
+      a.shape[1] == 1 and a.dtype == kept for a in new_BTNH
+    )
 
 
 def _like(x_BTKH: jax.Array, there: jax.Array | qtensor.QTensor):
@@ -162,8 +170,12 @@ class Attention(nn.Module):
     if cache is None:
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
     else:
-      cache = cache.extended(k_BTKH, v_BTKH, positions_T)
-      y_BTNH = _cached_attention(q_BTNH, cache, positions_T)
+      new = q_BTNH, k_BTKH, v_BTKH
+      if self.method.native and cache.holds_one_more(*new):
+        y_BTNH, cache = _native_step(*new, cache, positions_T)
+      else:
+        cache = cache.extended(k_BTKH, v_BTKH, positions_T)
+        y_BTNH = _cached_attention(q_BTNH, cache, positions_T)
     std = c.init_std
     if c.init_residual_scale:
       std /= math.sqrt(2 * c.n_layers)
@@ -235,6 +247,24 @@ def _cached_attention(q_BTNH, cache: Cache, positions_T) -> jax.Array:
   return jax.nn.dot_product_attention(
     q_BTNH, k_BSKH, v_BSKH, mask=mask_1TS[:, None], implementation='xla'
   )
+
+
+def _native_step(
+  q_B1NH: jax.Array,
+  k_B1KH: jax.Array,
+  v_B1KH: jax.Array,
+  cache: Cache,
+  positions_T: jax.Array,
+) -> tuple[jax.Array, Cache]:
+  """`_cached_attention` of one token, and the longer cache, in C++."""
+  batch = q_B1NH.shape[0]
+  position_B = jnp.broadcast_to(positions_T.reshape(-1), (batch,))
+  y_BNH, *longer = native_attention.attend(
+    *(a[:, 0] for a in (q_B1NH, k_B1KH, v_B1KH)),
+    *cache,
+    position_B.astype(jnp.int32),
+  )
+  return y_BNH[:, None].astype(q_B1NH.dtype), Cache(*longer)
 
 
 def _looped(

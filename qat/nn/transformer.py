@@ -173,7 +173,7 @@ class Transformer(nn.Module):
       # Each device then looks its own tokens up; left split, the gradient
       # would bring the whole batch's activations to every device.
       table_VD = jax.lax.with_sharding_constraint(table_VD, P())
-    x_BTD = _rows(table_VD, tokens_BT).astype(c.dtype)
+    x_BTD = _rows(table_VD, tokens_BT, self.method.native).astype(c.dtype)
     if c.positions == 'learned':
       learned_BTD = self.positions[jnp.atleast_2d(positions_T)]
       x_BTD = x_BTD + learned_BTD.astype(c.dtype)
@@ -206,10 +206,14 @@ class Transformer(nn.Module):
     return logits_BTV, caches
 
 
-def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """The rows of a table, `[B, T, D]`."""
+def _rows(table_VD: jax.Array, tokens_BT: jax.Array, native: bool) -> jax.Array:
+  """The rows of a table, `[B, T, D]`; `native` by the C++ extension."""
   if table_VD.dtype != jnp.bfloat16:
     return jnp.take(table_VD, tokens_BT, axis=0)
+  if native:
+    ids_M = tokens_BT.ravel().astype(jnp.int32)
+    rows_MD = head_matmul.rows(table_VD, ids_M)
+    return rows_MD.reshape(*tokens_BT.shape, -1)
   # To take rows of bfloat16, XLA:CPU makes float32 of the whole table first.
   table_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
   bits_BTD = jnp.take(table_VD, tokens_BT, axis=0)

@@ -28,3 +28,13 @@ def test_it_is_the_product(variant, rows, inputs, outputs, seed):
   size = np.abs(np.float64(x_MK)) @ np.abs(np.float64(w_NK)).T
   assert found.dtype == jnp.float32
   assert np.all(np.abs(found - expected) <= 1e-6 * inputs * size + 1e-7)
+
+
+def test_rows_of_a_table():
+  table_VD = jnp.asarray(
+    np.random.default_rng(0).normal(size=(7, 5)), 'bfloat16'
+  )
+  ids = jnp.array([6, 0, 3, 3, 7, -1], jnp.int32)
+  found = np.float32(cpu.rows(table_VD, ids))
+  np.testing.assert_array_equal(found[:4], np.float32(table_VD)[[6, 0, 3, 3]])
+  assert np.all(np.isnan(found[4:]))
