@@ -188,13 +188,18 @@ def base(size: str) -> ConfigDict:
   # 'tokenizer', what the tokenizer puts there (LLaMA's `<s>`; nothing for
   # SmolLM2), as before a model of others.
   data.begin = 'end'
-  # Fine-tuning on the right continuations of a zero-shot task: its file, or the
-  # folder of it (docs/evaluation.md). '': windows of the data set.
+  # Fine-tuning on the continuations of a zero-shot task: its file, or the folder
+  # of it (docs/evaluation.md). '': windows of the data set.
   data.task = ''
   data.task_train = 1000  # Documents to train on; these three are MeZO's.
   data.task_dev = 500  # Documents to evaluate every eval.every steps.
   data.task_test = 1000  # Documents to evaluate at the end.
   data.task_seed = 0  # Of which documents these are.
+  # Rows of a document in a step; data.batch_size counts rows. 1: its right
+  # continuation, whose tokens are predicted. More: all its choices, of which it
+  # has at most so many, and the right one is predicted by a softmax over their
+  # mean log-probabilities, as MeZO trains classification.
+  data.task_choices = 1
 
   train = config.train = ConfigDict()
   train.steps = {'tiny': 400, 'small': 1250}.get(size, 100_000)  # Optimizer's.

@@ -13,7 +13,8 @@ The whole path, from somebody's model to numbers before and after:
   python scripts/evaluate.py --model models/zeroqat-w4a4 --text wiki.test.txt
   python scripts/evaluate.py --model runs/zeroqat-w4a4 --text wiki.test.txt
 
-Fine-tuning on a task: its loss is that of the right continuations.
+Fine-tuning on a task, whose right choices are predicted; for those of another
+task than BoolQ set data.task_choices, and data.batch_size to rows of as many:
 
   python -m qat.main --config=configs/zeroqat.py:w4a4,task \
       --config.init.model=models/zeroqat-w4a4 --config.data.dataset=data/wiki \
@@ -189,12 +190,16 @@ def _quantization(config, setting: dict[str, Any], light: bool) -> None:
 
 
 def _task(config) -> None:
-  """Table C.1: batch 32 or 16, 8K steps, 1e-6 or 5e-7, eps 1e-3."""
+  """Table C.1: batch 32 or 16, 8K steps, 1e-6 or 5e-7, eps 1e-3.
+
+  BoolQ's documents have two choices each, and its loss in MeZO is theirs.
+  """
   config.optim.peak_lr = 1e-6
   config.zo.eps = 1e-3
-  config.data.batch_size = 16
+  config.data.batch_size = 2 * 16  # Rows of 16 documents.
   config.data.seq_len = 512  # Tokens of a prompt; longer ones are cut.
   config.data.task = 'tasks/boolq/rc_0shot'
+  config.data.task_choices = 2
   config.train.steps = 8000
   config.eval.batches = 16  # Of the data set, beside the task.
 

@@ -92,7 +92,8 @@ def test_the_hyper_parameters_of_the_paper():
   w2 = zeroqat.get_config('w2a16')
   assert (w2.optim.peak_lr, w2.zo.eps) == (1e-8, 1e-4)
   task = zeroqat.get_config('w2a16,task')
-  assert (task.data.batch_size, task.train.steps) == (16, 8000)
+  assert (task.data.batch_size, task.train.steps) == (32, 8000)
+  assert task.data.task_choices == 2  # So 16 documents.
   assert (task.optim.peak_lr, task.zo.eps) == (1e-6, 1e-3)
   sizes = task.data.task_train, task.data.task_dev, task.data.task_test
   assert sizes == (1000, 500, 1000)
