@@ -166,6 +166,11 @@ def base(size: str) -> ConfigDict:
   zo.directions = 1  # q, whose estimates are averaged.
   zo.clip = 0.2  # Slopes are clipped to +-clip / eps; 0: no clipping.
   zo.perturbed = r'.*'  # Regex of the parameters that are trained.
+  # Of what quantizers learn (optim.scales): how far it moves along directions
+  # of its own, for another 2 q forward passes a step. 0: none; it is trained
+  # where zo.perturbed covers it, as all else. ZeroQAT's code has 0.01.
+  zo.quantizer_eps = 0.0
+  zo.quantizer_lr = 1e-3  # Their peak learning rate; that of ZeroQAT's code.
   # A power of two, of which parameters are multiples, so that a step can be
   # undone bit for bit; 0: none.
   zo.resolution = 0.0

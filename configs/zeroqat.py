@@ -34,6 +34,8 @@ stay packed, apart from those of queries and values, which are trained.
 
 (Groups of 128, the paper's, do not divide SmolLM2-135M's width of 576.)
 
+Clipping trained along, as the paper writes: 'w4a4,joint'.
+
 The baseline of first order, the same quantizers trained by backpropagation with
 straight-through gradients: 'w4a4,ste'. A size or a shape behind it all, as in
 'w4a4,1.3b' or 'w2a16,llama-13b', begins with fresh parameters, for
@@ -93,10 +95,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     tied_embeddings=False,
   ),
 }
-OPTIONS = ('task', 'light', 'ste')
+OPTIONS = ('task', 'light', 'ste', 'joint')
 
-# As released: matrices, embedding and head, but no norms, biases and clipping.
-# '.*' covers those, too, as the paper writes.
+# As released: matrices, embedding and head, but no norms and biases; clipping
+# is trained in 'joint' alone, as the paper writes.
 WEIGHTS = r'.*(kernel|embedding|head|positions)'
 LIGHT = r'.*attn/(q|v)/kernel'
 
@@ -121,10 +123,14 @@ def get_config(variant: str = 'w4a4'):
       )
   settings = [word for word in words if word in SETTINGS] or ['w4a4']
   shapes = [word for word in words if word in sizes]
-  if len(settings) > 1 or len(shapes) > 1 or {'light', 'ste'} <= {*words}:
+  if len({'light', 'ste', 'joint'} & {*words}) > 1:
     raise ValueError(
-      f'{variant!r}: at most one of {", ".join(SETTINGS)}, at most one size,'
-      " and 'ste' trains what 'light' freezes."
+      f"{variant!r}: 'ste' trains what 'light' freezes, and 'joint' is forward"
+      " passes for clipping, which 'ste' has a gradient for and 'light' lacks."
+    )
+  if len(settings) > 1 or len(shapes) > 1:
+    raise ValueError(
+      f'{variant!r}: at most one of {", ".join(SETTINGS)}, at most one size.'
     )
   config = _base(shapes[0] if shapes else None)
   config.name = f'zeroqat-{variant.replace(",", "-")}'
@@ -160,6 +166,8 @@ def get_config(variant: str = 'w4a4'):
   config.checkpoint.keep_last = 1
   if 'task' in words:
     _task(config)
+  if 'joint' in words:
+    zo.quantizer_eps = 0.01
   if 'ste' in words:
     _straight_through(config)
   return config.lock()

@@ -350,3 +350,80 @@ def test_what_nothing_would_train_is_told():
   codes = qtensor.QTensor(jnp.ones((2, 2), jnp.int8), jnp.ones((1, 1)), 'int8')
   with pytest.raises(ValueError, match="zo.perturbed='embed/embedding'"):
     estimators.split(config, {'embed': {'embedding': codes}})
+
+
+CLIPPED = {
+  'quant.specs.integer.weight': 'lwc4',
+  'zo.perturbed': '.*kernel',
+  'zo.quantizer_lr': 5e-2,
+  'optim.scales': '.*/clip_(high|low)',
+}
+
+
+@pytest.mark.parametrize('form', [{}, SCANNED], ids=['layers', 'scanned'])
+def test_quantizers_have_slopes_of_their_own(form):
+  """Both are measured where the step began, along their own directions."""
+  fields = {**CLIPPED, **form, 'zo.eps': 1e-3, 'zo.quantizer_eps': 0.1}
+  program = program_of('integer', fields)
+  alone = program_of('integer', {**fields, 'zo.quantizer_eps': 0.0})
+  before = jax.device_get(program.init().params)
+  state, (measured,) = train(program, 1)
+  other, (without,) = train(alone, 1)
+  after, kept = by_path(state.params), by_path(other.params)
+  start = by_path(before)
+  names = {path for path in after if 'clip_' in path}
+  # Of the others' step nothing changes, apart from the order of sums.
+  assert measured['train/loss'] == pytest.approx(without['train/loss'], 1e-6)
+  for path, leaf in after.items():
+    if path in names:
+      assert bits(kept[path]) == bits(start[path])
+    else:
+      np.testing.assert_allclose(leaf, kept[path], rtol=0, atol=2e-5)
+  # By whole trees.
+  first = program.init()
+  key = jax.random.fold_in(step_key(first), 2**32 - 2)
+  (own,) = spsa.direction_keys(key, 1)
+  z = by_path(perturb.direction(before, own, '.*/clip_(high|low)'))
+
+  @jax.jit
+  def loss(params):
+    total, _ = objective_lib.loss_sum(
+      program.model, program.config, program.mesh, params, batch
+    )
+    return total / batch['targets'].size
+
+  batch = batch_on(program)
+  two = [
+    float(
+      loss(
+        jax.tree_util.tree_map_with_path(
+          lambda keys, w, s=s: w + s * 0.1 * z[perturb.path_name(keys)], before
+        )
+      )
+    )
+    for s in (1, -1)
+  ]
+  slope = (two[0] - two[1]) / 0.2
+  assert slope and measured['train/quantizer_slope'] == pytest.approx(
+    abs(slope), rel=0.02
+  )
+  for path in names:
+    expected = start[path] - 5e-2 * slope * z[path]
+    moved = np.abs(expected - start[path]).max()
+    np.testing.assert_allclose(after[path], expected, atol=0.02 * moved + 1e-6)
+
+
+def test_no_slope_of_quantizers_no_step():
+  fields = {**CLIPPED, 'zo.quantizer_eps': 0.1}
+  program = program_of('integer', fields)
+  state = program.init()
+  flat = by_path(state.params)
+  path = next(path for path in flat if path.endswith('clip_high'))
+  broken = jax.tree_util.tree_map_with_path(
+    lambda keys, w: w * jnp.nan if perturb.path_name(keys) == path else w,
+    state.params,
+  )
+  before = jax.device_get(broken)
+  state, (measured,) = train(program, 1, state._replace(params=broken))
+  assert not measured['healthy'] and not state.step
+  assert bits(state.params) == bits(before)

@@ -34,6 +34,7 @@ def checked(variant):
     *('w4a4,tiny', 'w6a6,1.3b', 'w4a4,1.3b,light', 'w2a16,700m,ste'),
     *(f'w2a16,{shape}' for shape in zeroqat.SHAPES),
     'llama-13b,w2a16,task,light',
+    *('w4a4,joint', 'w2a16,tiny,joint,task'),
   ),
 )
 def test_every_variant_is_sound(variant):
@@ -53,6 +54,7 @@ def test_every_variant_is_sound(variant):
     ('w4a4,w2a16', 'at most one of'),
     ('w4a4,tiny,opt-1.3b', 'at most one size'),
     ('w2a16,light,ste', "'ste' trains what 'light' freezes"),
+    ('w4a4,joint,light', "'light' lacks"),
   ],
 )
 def test_other_words_are_refused(variant, expected):
