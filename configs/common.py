@@ -193,8 +193,8 @@ def base(size: str) -> ConfigDict:
   # 'tokenizer', what the tokenizer puts there (LLaMA's `<s>`; nothing for
   # SmolLM2), as before a model of others.
   data.begin = 'end'
-  # Fine-tuning on the continuations of a zero-shot task: its file, or its folder
-  # (docs/evaluation.md). '': windows of the data set.
+  # Fine-tuning on the continuations of a zero-shot task: its file, or the
+  # folder of it (docs/evaluation.md). '': windows of the data set.
   data.task = ''
   data.task_train = 1000  # Documents to train on; these three are MeZO's.
   data.task_dev = 500  # Documents to evaluate every eval.every steps.

@@ -34,7 +34,7 @@ def checked(variant):
     *('w4a4,tiny', 'w6a6,1.3b', 'w4a4,1.3b,light', 'w2a16,700m,ste'),
     *(f'w2a16,{shape}' for shape in zeroqat.SHAPES),
     'llama-13b,w2a16,task,light',
-    *('w4a4,joint', 'w2a16,tiny,joint,task'),
+    *('w4a4,joint', 'w6a6,tiny,joint,task'),
   ),
 )
 def test_every_variant_is_sound(variant):
