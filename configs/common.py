@@ -167,6 +167,11 @@ def base(size: str) -> ConfigDict:
   zo.directions = 1  # q, whose estimates are averaged.
   zo.clip = 0.2  # Slopes are clipped to +-clip / eps; 0: no clipping.
   zo.perturbed = r'.*'  # Regex of the parameters that are trained.
+  # Of what quantizers learn (optim.scales): how far it moves along directions
+  # of its own, for another 2 q forward passes a step. 0: none; it is trained
+  # where zo.perturbed covers it, as all else. ZeroQAT's code has 0.01.
+  zo.quantizer_eps = 0.0
+  zo.quantizer_lr = 1e-3  # Their peak learning rate; that of ZeroQAT's code.
   # A power of two, of which parameters are multiples, so that a step can be
   # undone bit for bit; 0: none.
   zo.resolution = 0.0
@@ -189,13 +194,18 @@ def base(size: str) -> ConfigDict:
   # 'tokenizer', what the tokenizer puts there (LLaMA's `<s>`; nothing for
   # SmolLM2), as before a model of others.
   data.begin = 'end'
-  # Fine-tuning on the right continuations of a zero-shot task: its file, or the
+  # Fine-tuning on the continuations of a zero-shot task: its file, or the
   # folder of it (docs/evaluation.md). '': windows of the data set.
   data.task = ''
   data.task_train = 1000  # Documents to train on; these three are MeZO's.
   data.task_dev = 500  # Documents to evaluate every eval.every steps.
   data.task_test = 1000  # Documents to evaluate at the end.
   data.task_seed = 0  # Of which documents these are.
+  # Rows of a document in a step; data.batch_size counts rows. 1: its right
+  # continuation, whose tokens are predicted. More: all its choices, of which it
+  # has at most so many, and the right one is predicted by a softmax over their
+  # mean log-probabilities, as MeZO trains classification.
+  data.task_choices = 1
 
   train = config.train = ConfigDict()
   train.steps = {'tiny': 400, 'small': 1250}.get(size, 100_000)  # Optimizer's.

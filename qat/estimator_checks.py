@@ -1,5 +1,6 @@
 """What no step can be made with, in a config's sections `optim` and `zo`."""
 
+import math
 import re
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from qat import estimators
+from qat import optim
 from qat.nn import stacked
 from qat.zo import perturb
 from qat.zo import spsa
@@ -33,12 +35,22 @@ def errors(config: ConfigDict) -> list[str]:
     spsa.Options(zo.eps, zo.directions, zo.clip, zo.perturbed, zo.resolution)
   except ValueError as error:
     found.append(f'zo.{error}')
+  if not (0 <= zo.quantizer_eps < math.inf and 0 < zo.quantizer_lr < math.inf):
+    found.append(
+      f'zo.quantizer_eps={zo.quantizer_eps} must be finite, and 0 for none;'
+      f' zo.quantizer_lr={zo.quantizer_lr} finite and greater than 0.'
+    )
   both = "optim.estimator='spsa' with optim.optimizer='sgd'"
   moved = estimators.in_place(config)
   if moved and c.clip_norm:
     found.append(
       f'optim.clip_norm={c.clip_norm} with {both}, where no gradient is made;'
       ' set it to 0. zo.clip clips slopes.'
+    )
+  if zo.quantizer_eps and not moved:
+    found.append(
+      f'zo.quantizer_eps={zo.quantizer_eps} needs {both}; set it to 0, or'
+      ' these.'
     )
   if zo.master != 'float32' and not moved:
     found.append(
@@ -111,6 +123,14 @@ def parameter_errors(config: ConfigDict, params: Any) -> list[str]:
     return [
       f'zo.perturbed={pattern!r} covers no parameter; their paths read like'
       f' {", ".join(paths[:3])}.'
+    ]
+  if config.zo.quantizer_eps and not any(
+    optim.is_scale(config.optim, path) for path in paths
+  ):
+    return [
+      f'zo.quantizer_eps={config.zo.quantizer_eps}, but optim.scales='
+      f'{config.optim.scales!r} covers no parameter: no quantizer learns'
+      ' anything. Set it to 0, or take a format that does, such as lwc4.'
     ]
   apart = stacked.told_apart(paths, trained.__contains__)
   if config.model.scan_layers and apart:

@@ -6,12 +6,14 @@
             the model's textbook form (`nn.reference`), since forward mode does
             not pass the gradient rules of the fast one
 
-The last two train what `zo.perturbed` covers. Matrices that were quantized
-after training (`composed.Quantized`) are never trained. An optimizer sees what
-is trained and nothing else, so that nothing else has a state.
+The last two train what `zo.perturbed` covers; with `zo.quantizer_eps`, 'spsa'
+also trains what quantizers learn, with slopes of its own. Matrices that were
+quantized after training (`composed.Quantized`) are never trained. An optimizer
+sees what is trained and nothing else, so that nothing else has a state.
 """
 
 from collections.abc import Callable
+import dataclasses
 import re
 from typing import Any
 
@@ -30,6 +32,8 @@ from qat.zo import rounding
 from qat.zo import spsa
 
 _ALL = '.*'
+# Folded into a step's key, whose directions fold in 0, 1, ...
+_OF_QUANTIZERS = 2**32 - 2
 _MATRICES = re.compile(r'(.*/)?(kernel|embedding|head|positions)')
 
 # (parameters, batch, mix) -> (what is minimized, (loss, routers)).
@@ -43,9 +47,14 @@ def in_place(config: ConfigDict) -> bool:
 
 def is_trained(config: ConfigDict, path: str) -> bool:
   """Whether the float parameter at a path is trained."""
-  backprop = config.optim.estimator == 'backprop'
-  pattern = _ALL if backprop else config.zo.perturbed
-  return bool(re.fullmatch(pattern, stacked.one_layer(path)))
+  if config.optim.estimator == 'backprop' or _is_apart(config, path):
+    return True
+  return bool(re.fullmatch(config.zo.perturbed, stacked.one_layer(path)))
+
+
+def _is_apart(config: ConfigDict, path: str) -> bool:
+  """Whether a quantizer's parameter is trained with slopes of its own."""
+  return bool(config.zo.quantizer_eps) and optim.is_scale(config.optim, path)
 
 
 def split(config: ConfigDict, params: Any) -> tuple[Any, Any]:
@@ -63,8 +72,21 @@ def split(config: ConfigDict, params: Any) -> tuple[Any, Any]:
       f'config.zo.perturbed={config.zo.perturbed!r} covers no parameter that is'
       ' not quantized, so nothing would be trained.'
     )
+  return _by_mask(mask, params)
+
+
+def _apart(config: ConfigDict, trained: Any) -> tuple[Any, Any]:
+  """What is trained with slopes of its own, and what is trained beside."""
+
+  def one(keys, _):
+    return _is_apart(config, perturb.path_name(keys))
+
+  return _by_mask(jax.tree_util.tree_map_with_path(one, trained), trained)
+
+
+def _by_mask(mask: Any, tree: Any) -> tuple[Any, Any]:
   return tuple(
-    jax.tree.map(lambda m, leaf, k=k: leaf if m == k else None, mask, params)
+    jax.tree.map(lambda m, leaf, k=k: leaf if m == k else None, mask, tree)
     for k in (True, False)
   )
 
@@ -145,13 +167,23 @@ def moving(config: ConfigDict, objective: Objective) -> Callable:
 
   def move(trained, frozen, batch, mix, key, step, healthy):
     rate, decay = rate_of(step), decay_of(step)
+    apart, trained = _apart(config, trained)
+    move_apart = None
+    if config.zo.quantizer_eps:
+      slopes_q, measured, move_apart = _of_quantizers(
+        config, objective, apart, merge(trained, frozen), batch, mix, key
+      )
+      logged = {f'quantizer_{name}': v for name, v in measured.items()}
+      healthy &= jnp.isfinite(slopes_q).all()
+      # One after the other.
+      trained, slopes_q = lax.optimization_barrier((trained, slopes_q))
     rates, decays = {}, {}
     for path, _ in perturb.chosen(trained, _ALL):
       scale = optim.is_scale(c, path)
       rates[path] = rate * (c.scale_lr_ratio if scale else 1.0)
       decays[path] = decay if optim.is_decayed(c, path) else 0.0
     moved, measured = spsa.step(
-      _loss(config, objective, frozen, batch, mix),
+      _loss(config, objective, merge(apart, frozen), batch, mix),
       trained,
       key,
       rates,
@@ -162,9 +194,52 @@ def moving(config: ConfigDict, objective: Objective) -> Callable:
     )
     healthy = measured.pop('healthy')
     measured |= {'lr': rate, 'weight_decay': decay}
-    return moved, _logged(measured) | {'healthy': healthy}
+    if move_apart is not None:
+      slopes_q = jnp.where(healthy, slopes_q, jnp.nan)
+      apart = move_apart(slopes_q, rate * config.zo.quantizer_lr / c.peak_lr)
+      measured |= logged
+    return merge(moved, apart), _logged(measured) | {'healthy': healthy}
 
   return move
+
+
+def _of_quantizers(
+  config: ConfigDict,
+  objective: Objective,
+  apart: Any,
+  others: Any,
+  batch: Any,
+  mix: jax.Array | None,
+  key: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array], Callable]:
+  """Slopes along directions of quantizers' parameters alone.
+
+  Args:
+    config: a run's config, with `zo.quantizer_eps`.
+    objective: see `moving`.
+    apart: these parameters, None elsewhere.
+    others: all others.
+    batch: of the step.
+    mix: of the step.
+    key: of the step; these directions have another.
+
+  Returns:
+    The slopes `[q]`, 'slope' and 'clipped' of `spsa.measure`, and (slopes,
+    rate) -> the parameters, moved.
+  """
+  options = dataclasses.replace(
+    spsa_options(config), eps=config.zo.quantizer_eps
+  )
+  key = jax.random.fold_in(key, _OF_QUANTIZERS)
+  loss_fn = _loss(config, objective, others, batch, mix)
+  losses_q2 = spsa.losses(loss_fn, apart, key, options, lazy=True)
+  slopes_q, measured = spsa.measure(losses_q2, options)
+  del measured['loss']
+
+  def move(slopes_q, rate):
+    return spsa.move(apart, key, slopes_q, rate, options)
+
+  return slopes_q, measured, move
 
 
 def gradient(config: ConfigDict, objective: Objective) -> Callable:

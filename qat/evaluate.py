@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from qat import guard
+from qat import objective as objective_lib
 from qat import step as step_lib
 from qat.data import dataset as dataset_lib
 from qat.data import loader
@@ -36,7 +37,7 @@ def make_eval_step(
 
   @jax.jit
   def eval_step(params, batch, token_bytes_V) -> Sums:
-    nats, _ = step_lib.loss_sum(model, config, mesh, params, batch)
+    nats, _ = objective_lib.loss_sum(model, config, mesh, params, batch)
     bytes_BT = token_bytes_V[batch['targets']] * batch['weights']
     return Sums(nats, jnp.sum(batch['weights']), jnp.sum(bytes_BT))
 

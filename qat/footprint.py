@@ -4,6 +4,7 @@ import jax
 from jax import stages
 from ml_collections import ConfigDict
 
+from qat import objective as objective_lib
 from qat import step as step_lib
 
 
@@ -27,7 +28,7 @@ def beside(
   once.data.batch_size //= once.optim.accumulate
 
   def forward(params, batch):
-    return step_lib.loss_sum(program.model, once, mesh, params, batch)[0]
+    return objective_lib.loss_sum(program.model, once, mesh, params, batch)[0]
 
   with jax.set_mesh(mesh):
     batch = step_lib.abstract_batch(once, mesh)

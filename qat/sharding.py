@@ -121,9 +121,13 @@ def _name(key) -> str:
 
 
 def over_batch(
-  mesh: Mesh, f: Callable[..., jax.Array], batched: tuple[bool, ...]
+  mesh: Mesh,
+  f: Callable[..., jax.Array],
+  batched: tuple[bool, ...],
+  *,
+  summed: bool = True,
 ) -> Callable[..., jax.Array]:
-  """Sums `f` over the devices, each with its own part of the batch.
+  """Computes `f` on all devices, each with its own part of the batch.
 
   Inside, sums over tokens stay on the device, and one exchange at the end adds
   them up, also for gradients; left to the compiler, a loop over tokens would
@@ -131,9 +135,11 @@ def over_batch(
 
   Args:
     mesh: the mesh; of size one, `f` is returned as it is.
-    f: returns a scalar sum over its part of the batch.
+    f: returns a scalar sum over its part of the batch; or, if not `summed`, an
+      array whose first axis is its part.
     batched: for each argument, whether its first axis is the batch; the others
       are whole on each device.
+    summed: whether the result is the sum over the devices.
   """
   if mesh.size == 1:
     return f
@@ -142,11 +148,11 @@ def over_batch(
     jax.shard_map,
     mesh=mesh,
     in_specs=tuple(BATCH if b else P() for b in batched),
-    out_specs=P(),
+    out_specs=P() if summed else BATCH,
     check_vma=False,
   )
   def local(*args):
-    return jax.lax.psum(f(*args), ('data', 'fsdp'))
+    return jax.lax.psum(f(*args), ('data', 'fsdp')) if summed else f(*args)
 
   return local
 

@@ -13,16 +13,12 @@ import optax
 
 from qat import carried
 from qat import estimators
+from qat import objective as objective_lib
 from qat import optim
 from qat import sharding
-from qat.nn import loss as loss_lib
-from qat.nn import reference
 from qat.nn import transformer
-from qat.zo import perturb
 
-# tokens, targets: int32 [B, T]; maybe weights, and rng: key data for each
-# micro-batch, of a step that draws random numbers.
-Batch = dict[str, jax.Array]
+Batch = objective_lib.Batch
 Metrics = dict[str, jax.Array]
 
 
@@ -95,67 +91,19 @@ def abstract_state(
   )
 
 
-def loss_sum(
-  model: transformer.Transformer,
-  config: ConfigDict,
-  mesh: Mesh,
-  params: Any,
-  batch: Batch,
-  mix: jax.Array | None = None,
-) -> tuple[jax.Array, dict]:
-  """Summed cross-entropy of a batch in nats, and what the routers sowed.
-
-  `mix` is the share of quantization while it is annealed; None: all.
-  """
-  rngs = None
-  if 'rng' in batch:
-    rngs = {'router': jax.random.wrap_key_data(batch['rng'][0])}
-  (x_BTD, _), sown = model.apply(
-    transformer.variables(model, params),
-    batch['tokens'],
-    mix=mix,
-    rngs=rngs,
-    mutable=['router'],
-  )
-  head_VD = model.apply(
-    transformer.variables(model, params), method='output_embedding'
-  )
-  weights = batch.get('weights')
-  if weights is None:
-    weights = jnp.ones(batch['targets'].shape, jnp.float32)
-
-  def cross_entropy(x_BTD, head_VD, targets_BT, weights_BT):
-    return loss_lib.cross_entropy(
-      x_BTD,
-      head_VD,
-      targets_BT,
-      weights_BT,
-      chunk=config.model.loss_chunk,
-      dtype=config.model.dot_dtype,
-    )
-
-  split = sharding.over_batch(mesh, cross_entropy, (True, False, True, True))
-  total = split(x_BTD, head_VD, batch['targets'], weights)
-  return total, sown.get('router', {})
-
-
-def counted(batch: Batch) -> jax.Array | int:
-  """What a mean over a batch divides by: its weights' sum, or its targets."""
-  if 'weights' in batch:
-    return jnp.sum(batch['weights'])
-  return batch['targets'].size
-
-
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
-  """Shapes of a training batch; a task's has weights."""
-  shape = (config.data.batch_size, config.data.seq_len)
-  dtypes = {'tokens': jnp.int32, 'targets': jnp.int32}
+  """Shapes of a training batch; see `objective.Batch`."""
+  rows = (config.data.batch_size,)
+  shape = (*rows, config.data.seq_len)
+  made = {'tokens': (shape, jnp.int32), 'targets': (shape, jnp.int32)}
   if config.data.task:
-    dtypes['weights'] = jnp.float32
+    made['weights'] = (shape, jnp.float32)
+    if config.data.task_choices > 1:
+      made['right'] = (rows, jnp.float32)
   where = batch_sharding(mesh)
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-    for name, dtype in dtypes.items()
+    name: jax.ShapeDtypeStruct(*one, sharding=where)
+    for name, one in made.items()
   }
 
 
@@ -178,7 +126,7 @@ def make_train_step(
   """
   in_place = estimators.in_place(config)
   quantization = optim.quantization(config.quant.anneal)
-  objective = _objective(config, model, mesh)
+  objective = objective_lib.make(config, model, mesh)
   if in_place:
     move = estimators.moving(config, objective)
   else:
@@ -233,39 +181,6 @@ def make_train_step(
     ), metrics
 
   return step
-
-
-def _objective(
-  config: ConfigDict, model: transformer.Transformer, mesh: Mesh
-) -> estimators.Objective:
-  """What a step minimizes, in the form that the estimator takes."""
-  if config.optim.estimator == 'forward':
-
-    def textbook(params, batch, mix):
-      del mix
-      if 'weights' in batch:
-        raise ValueError(
-          "optim.estimator='forward' reads batches without weights; take 'spsa'"
-          " or 'backprop'."
-        )
-      loss = reference.loss(params, batch, config.model, model.rules)
-      return loss, (loss, {})
-
-    return textbook
-  if config.optim.estimator == 'spsa':
-    model = transformer.reading(model, perturb.read)
-
-  def objective(params, batch, mix):
-    total, routers = loss_sum(model, config, mesh, params, batch, mix)
-    loss = total / counted(batch)
-    balance = sum(
-      jnp.sum(value)  # Of one layer, or of all that are stacked.
-      for keys, value in jax.tree_util.tree_leaves_with_path(routers)
-      if keys[-2].key == 'balance'
-    )
-    return loss + config.model.balance_coef * balance, (loss, routers)
-
-  return objective
 
 
 class Program(NamedTuple):

@@ -80,9 +80,30 @@ def open_parts(
 def open_loader(
   config: ConfigDict, dataset: dataset_lib.Dataset, part: Part
 ) -> task_loader.TaskLoader:
-  """Batches of the right continuations of a part, for this process."""
+  """Batches of a part for this process: right continuations, or all choices.
+
+  Raises:
+    ValueError: a document has more choices than `config.data.task_choices`, or
+      has none; or the part has too few documents.
+  """
+  choices = config.data.task_choices
+  if choices > 1 and part.task.documents[0].label is None:
+    raise ValueError(
+      f'config.data.task_choices={choices}, but a document of {part.task.name}'
+      ' has no choices; set it to 1.'
+    )
+  documents = []
+  for document, tokens in zip(
+    part.task.documents, by_document(*part), strict=True
+  ):
+    rows = [(each.ids, each.scored) for each in tokens]
+    if choices == 1:
+      documents.append(task_loader.Document([rows[document.right]], 0))
+    else:
+      documents.append(task_loader.Document(rows, document.right))
   return task_loader.TaskLoader(
-    [(tokens.ids, tokens.scored) for tokens in right(*part)],
+    documents,
+    choices=choices,
     dataset=dataset.digest,
     seq_len=config.data.seq_len,
     batch_size=config.data.batch_size,
@@ -141,9 +162,10 @@ def measure(
   `between` are its `hurry` and `limit`.
 
   Returns:
-    Nothing, in a hurry; else the measures of `tasks.results`, and 'loss': -log
-    p of the right continuation's tokens, in nats: the mean over its tokens, and
-    of that the mean over documents, as the training has it.
+    Nothing, in a hurry; else the measures of `tasks.results`, and what a
+    training minimizes, in nats, the mean over documents. 'loss': of -log p of
+    the right continuation, the mean over its tokens. 'loss_choices', of a task
+    with choices: of -log softmax over such means of all choices.
   """
   scored = scores_lib.score(
     step,
@@ -157,15 +179,27 @@ def measure(
   )
   if not scored:
     return {}
-  pairs = zip(right(part.task, scored), right(*part), strict=True)
-  loss = np.mean([score.nats / tokens.scored for score, tokens in pairs])
-  return {**tasks.results(part.task, scored), 'loss': float(loss)}
+  means = [
+    score.nats / tokens.scored
+    for score, tokens in zip(scored, part.tokens, strict=True)
+  ]
+  of_right, of_choices = [], []
+  for document, nats in zip(
+    part.task.documents, by_document(part.task, means), strict=True
+  ):
+    of_right.append(nats[document.right])
+    of_choices.append(of_right[-1] + np.logaddexp.reduce(-np.array(nats)))
+  found = tasks.results(part.task, scored) | {'loss': float(np.mean(of_right))}
+  if part.task.documents[0].label is None:
+    return found
+  return found | {'loss_choices': float(np.mean(of_choices))}
 
 
-def right(task: tasks.Task, each: Sequence[Any]) -> list[Any]:
-  """Of something for each request, that of each right continuation."""
+def by_document(task: tasks.Task, each: Sequence[Any]) -> list[Sequence[Any]]:
+  """Something for each request, in the parts of the documents."""
   found, start = [], 0
   for document in task.documents:
-    found.append(each[start + document.right])
-    start += len(document.requests)
+    end = start + len(document.requests)
+    found.append(each[start:end])
+    start = end
   return found

@@ -22,6 +22,7 @@ from qat import health
 from qat import initial
 from qat import lock
 from qat import metrics
+from qat import objective as objective_lib
 from qat import sharding
 from qat import step as step_lib
 from qat import task_run
@@ -336,7 +337,7 @@ def _diagnose(
       return {}  # There was none, and may be no room for one.
 
     def loss(params):
-      return step_lib.loss_sum(
+      return objective_lib.loss_sum(
         model, program.config, program.mesh, params, batch
       )[0]
 

@@ -24,7 +24,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from qat import step as step_lib
+from qat import objective as objective_lib
 from qat.infer import load
 from qat.nn import transformer
 from qat.zo import alignment
@@ -96,10 +96,10 @@ def loss_of(model: load.Loaded, batch: Mapping[str, np.ndarray]) -> Loss:
   reading = transformer.reading(model.model, perturb.read)
 
   def loss(params: Any) -> jax.Array:
-    total, _ = step_lib.loss_sum(
+    total, _ = objective_lib.loss_sum(
       reading, model.config, model.mesh, params, batch
     )
-    return total / step_lib.counted(batch)
+    return total / objective_lib.counted(batch)
 
   return loss
 

@@ -44,6 +44,9 @@ def test_what_can_be_run_is_not_refused(fields):
     ({**SPSA, 'zo.perturbed': 'x'}, "zo.perturbed='x' covers no parameter"),
     ({**SPSA, **SCAN, 'zo.perturbed': 'block_0/.*'}, 'covers only one of'),
     ({**SPSA, 'optim.clip_norm': 1.0}, 'clip_norm=1.0 .* set it to 0'),
+    ({'zo.quantizer_eps': 0.01}, 'quantizer_eps=0.01 needs optim.estimator'),
+    ({'zo.quantizer_eps': -1.0}, 'zo.quantizer_eps=-1.0 must be finite'),
+    ({**SPSA, 'zo.quantizer_eps': 0.01}, 'no quantizer learns'),
     ({'zo.master': 'bfloat16'}, "zo.master='bfloat16' needs optim.estimator"),
     ({**SPSA, 'zo.resolution': 0.5}, 'zo.resolution=0.5 needs .* no weight'),
     (

@@ -10,6 +10,7 @@ import pytest
 from qat import estimators
 from qat import evaluate
 from qat import health
+from qat import objective as objective_lib
 from qat import step as step_lib
 from qat.nn import transformer
 from qat.quant import composed
@@ -84,7 +85,9 @@ def losses_beside(program, params, key, directions):
 
   @jax.jit
   def loss(params):
-    total, _ = step_lib.loss_sum(model, config, program.mesh, params, batch)
+    total, _ = objective_lib.loss_sum(
+      model, config, program.mesh, params, batch
+    )
     return total / batch['targets'].size
 
   found = []
@@ -182,7 +185,7 @@ def test_forward_mode_has_the_slope_of_the_gradient():
   batch = batch_on(program)
 
   def loss(params):
-    total, _ = step_lib.loss_sum(
+    total, _ = objective_lib.loss_sum(
       program.model, program.config, program.mesh, params, batch
     )
     return total / batch['targets'].size

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qat import flops
-from qat import step as step_lib
+from qat import objective as objective_lib
 from qat.nn import transformer
 from tests import tiny
 
@@ -63,7 +63,7 @@ def test_the_count_is_near_that_of_the_compiler():
   rows = jax.ShapeDtypeStruct((8, 16), 'int32')
 
   def gradient(params, batch):
-    loss = lambda p: step_lib.loss_sum(model, config, mesh, p, batch)[0]  # noqa: E731
+    loss = lambda p: objective_lib.loss_sum(model, config, mesh, p, batch)[0]  # noqa: E731
     return jax.grad(loss)(params)
 
   batch = {'tokens': rows, 'targets': rows}

@@ -7,6 +7,7 @@ import pytest
 
 from qat import evaluate
 from qat import health
+from qat import objective as objective_lib
 from qat import step as step_lib
 from qat.nn import capture
 from qat.nn import transformer
@@ -178,7 +179,7 @@ def test_the_share_follows_the_schedule_and_is_logged():
     assert 'train/quantization' not in b
   # Evaluation of the first state is quantized, though training was not.
   batch = evaluate.put(tiny.batch(program.config), program.mesh)
-  evaluated, _ = step_lib.loss_sum(
+  evaluated, _ = objective_lib.loss_sum(
     program.model, program.config, program.mesh, states[0].params, batch
   )
   loss = evaluated / batch['targets'].size

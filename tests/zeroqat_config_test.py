@@ -34,6 +34,7 @@ def checked(variant):
     *('w4a4,tiny', 'w6a6,1.3b', 'w4a4,1.3b,light', 'w2a16,700m,ste'),
     *(f'w2a16,{shape}' for shape in zeroqat.SHAPES),
     'llama-13b,w2a16,task,light',
+    *('w4a4,joint', 'w6a6,tiny,joint,task'),
   ),
 )
 def test_every_variant_is_sound(variant):
@@ -53,6 +54,7 @@ def test_every_variant_is_sound(variant):
     ('w4a4,w2a16', 'at most one of'),
     ('w4a4,tiny,opt-1.3b', 'at most one size'),
     ('w2a16,light,ste', "'ste' trains what 'light' freezes"),
+    ('w4a4,joint,light', "'light' lacks"),
   ],
 )
 def test_other_words_are_refused(variant, expected):
@@ -92,7 +94,8 @@ def test_the_hyper_parameters_of_the_paper():
   w2 = zeroqat.get_config('w2a16')
   assert (w2.optim.peak_lr, w2.zo.eps) == (1e-8, 1e-4)
   task = zeroqat.get_config('w2a16,task')
-  assert (task.data.batch_size, task.train.steps) == (16, 8000)
+  assert (task.data.batch_size, task.train.steps) == (32, 8000)
+  assert task.data.task_choices == 2  # So 16 documents.
   assert (task.optim.peak_lr, task.zo.eps) == (1e-6, 1e-3)
   sizes = task.data.task_train, task.data.task_dev, task.data.task_test
   assert sizes == (1000, 500, 1000)

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from qat import step as step_lib
+from qat import objective as objective_lib
 from qat import zo_study
 from qat.infer import load
 from qat.nn import transformer
@@ -142,7 +142,9 @@ def test_a_model_is_read_as_a_step_reads_it():
     tree = jax.jit(model.init)(jax.random.key(0), batch['tokens'])['params']
     loaded = load.Loaded(config, mesh, model, tree, None, 0, 0, None, {})
     loss = zo_study.loss_of(loaded, batch)
-    total = jax.jit(functools.partial(step_lib.loss_sum, model, config, mesh))
+    total = jax.jit(
+      functools.partial(objective_lib.loss_sum, model, config, mesh)
+    )
     found = jax.jit(loss)(tree)
     expected = total(tree, batch)[0] / batch['targets'].size
     key = jax.random.key(1, impl='threefry2x32')

@@ -38,6 +38,33 @@ def cross_entropy(
   return _cross_entropy(x_BTD, head_VD, targets_BT, weights_BT, chunk, dtype)
 
 
+def nats_by_row(
+  x_BTD: jax.Array,
+  head_VD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  *,
+  chunk: int,
+  dtype: str,
+) -> jax.Array:
+  """The sums of `cross_entropy` of each row alone, float32 `[B]`.
+
+  Its arguments are those; for a value without a gradient.
+  """
+  if x_BTD.shape[1] % chunk:
+    chunk = x_BTD.shape[1]
+  head = head_VD.astype(dtype)
+
+  def step(total_B, args):
+    x_MD, target_M, weight_M = args
+    nll_M, _, _ = _nll(x_MD.astype(dtype), head, target_M)
+    return total_B + (nll_M * weight_M).reshape(-1, chunk).sum(1), None
+
+  xs = [_chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT)]
+  zeros = jnp.zeros(x_BTD.shape[:1], jnp.float32)
+  return lax.scan(step, zeros, tuple(xs))[0]
+
+
 def _chunks(a: jax.Array, chunk: int) -> jax.Array:
   """`[B, T, ...]` -> `[T / chunk, B * chunk, ...]`."""
   batch, length = a.shape[:2]

@@ -81,7 +81,8 @@ def losses(
 ) -> jax.Array:
   """L(w + eps z_j) and L(w - eps z_j), float32 `[q, 2]`.
 
-  One compiled forward pass runs 2q times. Where parameters are read as a
+  One compiled forward pass runs 2q times; of one direction there are two, one
+  behind the other. Where parameters are read as a
   stacked array, its perturbed form would be a copy of all layers; a loss that
   is `lazy` gets the `perturb.Perturbed` leaves instead and reads each layer's
   in its loop (`perturb.read`).
@@ -98,18 +99,25 @@ def losses(
   keys = jax.random.key_data(direction_keys(key, q))
   eps = np.float32(options.eps)
 
-  def loss(at):
+  def loss(params, key_data, scale):
     # Made inside, from what the loop counts: noise that is the same in all
     # turns would be taken out of the loop, and stored.
-    key_data, scale = at
     moved = perturb.perturb(
       params, perturb.wrap_key(key_data), scale, options.perturbed
     )
     value = loss_fn(moved if lazy else perturb.read(moved))
     return value.astype(jnp.float32)
 
+  if q == 1:
+    # A loop around the model's over its layers would make XLA for TPUs turn all
+    # stacked arrays for it, and keep them in both forms.
+    first = loss(params, keys[0], eps)
+    params, keys, first = lax.optimization_barrier((params, keys, first))
+    return jnp.stack([first, loss(params, keys[0], -eps)])[None]
   scales = np.tile(np.array([eps, -eps]), q)
-  found = lax.map(loss, (jnp.repeat(keys, 2, axis=0), scales))
+  found = lax.map(
+    lambda at: loss(params, *at), (jnp.repeat(keys, 2, axis=0), scales)
+  )
   return found.reshape(q, 2)
 
 

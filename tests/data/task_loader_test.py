@@ -27,6 +27,7 @@ PROMPTS = make_prompts(10)
 
 def opened(prompts=PROMPTS, **changes) -> task_loader.TaskLoader:
   fields = dict(
+    choices=1,
     dataset='digest',
     seq_len=T,
     batch_size=B,
@@ -34,7 +35,11 @@ def opened(prompts=PROMPTS, **changes) -> task_loader.TaskLoader:
     process_index=0,
     process_count=1,
   )
-  return task_loader.TaskLoader(prompts, **fields | changes)
+  documents = [
+    p if isinstance(p, task_loader.Document) else task_loader.Document([p], 0)
+    for p in prompts
+  ]
+  return task_loader.TaskLoader(documents, **fields | changes)
 
 
 def take(loader, n):
@@ -155,7 +160,10 @@ def test_prompts_that_make_no_batch_are_refused(prompts, changes, expected):
     ({'data.begin': 'bos'}, ["data.begin='bos'; choose one of end, tokenizer"]),
     ({'data.task_dev': 0}, ['data.task_dev=0 must be at least 1']),
     ({'data.task_seed': -1}, ['data.task_seed=-1']),
-    ({'data.task': 'x', 'data.task_train': 7}, ['data.task_train=7', '=8']),
+    (
+      {'data.task': 'x', 'data.task_train': 7},
+      ['data.task_train=7', 'the 8 of one step'],
+    ),
     ({'data.task_train': 7}, []),
     (
       {'data.task': 'x', 'optim.estimator': 'forward'},
@@ -168,3 +176,76 @@ def test_wrong_fields_are_told(fields, expected):
   assert bool(found) == bool(expected)
   for part in expected:
     assert part in found
+
+
+def make_documents(n: int, most: int) -> list[task_loader.Document]:
+  rng = np.random.default_rng(5)
+  found = []
+  for i in range(n):
+    choices = make_prompts(int(rng.integers(2, most + 1)), seed=i)
+    for c, (ids, _) in enumerate(choices):
+      ids[0] = 100 + 10 * i + c
+    right = int(rng.integers(len(choices)))
+    found.append(task_loader.Document(choices, right))
+  return found
+
+
+def test_choices_of_a_document_are_rows_of_one_micro_batch():
+  documents = make_documents(5, most=3)
+  loader = opened(documents, choices=3, batch_size=12)
+  seen = []
+  for batch in take(loader, 5):
+    at_once = 4
+    for row in range(12):
+      c, d = divmod(row, at_once)
+      first = batch['tokens'][d, 0]  # Choice 0 of this document.
+      document = documents[(first - 100) // 10]
+      assert batch['right'][row] == (c == document.right)
+      if c >= len(document.choices):
+        assert not any(batch[name][row].any() for name in batch)
+        continue
+      ids, scored = document.choices[c]
+      np.testing.assert_array_equal(
+        batch['targets'][row, : len(ids) - 1], ids[1:]
+      )
+      assert batch['weights'][row].sum() == pytest.approx(1)
+      assert (batch['weights'][row] > 0).sum() == scored
+    seen += [*batch['tokens'][:at_once, 0]]
+    # As a step takes its micro-batches: every second row.
+    for part in (0, 1):
+      rows = batch['tokens'][part::2, 0].reshape(3, -1)
+      for a, b in zip(rows[0], rows[1], strict=True):
+        assert b == a + 1
+  assert len(seen) == 20
+  for epoch in np.reshape(seen, (4, 5)):
+    assert sorted((epoch - 100) // 10) == [*range(5)]
+
+
+def test_processes_share_the_choices_of_a_batch():
+  documents = make_documents(5, most=3)
+  fields = dict(choices=3, batch_size=12)
+  whole = take(opened(documents, **fields), 3)
+  parts = [
+    take(opened(documents, **fields, process_index=i, process_count=2), 3)
+    for i in range(2)
+  ]
+  joined = [
+    {key: np.concatenate([a[key], b[key]]) for key in a}
+    for a, b in zip(*parts, strict=True)
+  ]
+  assert_same(joined, whole)
+
+
+def test_documents_must_fit_the_rows():
+  documents = make_documents(5, most=3)
+  with pytest.raises(ValueError, match='task_choices'):
+    opened(documents, choices=2)
+  with pytest.raises(ValueError, match='fewer than one batch'):
+    opened(documents, choices=3, batch_size=18)
+  with pytest.raises(ValueError, match='do not fill'):
+    opened(documents, choices=3, batch_size=8)
+  other = [d._replace(right=1 - min(d.right, 1)) for d in documents]
+  found = [
+    opened(d, choices=3, batch_size=12).fingerprint for d in (documents, other)
+  ]
+  assert found[0]['prompts'] != found[1]['prompts']

@@ -135,3 +135,15 @@ def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
   x_BTD, ones_BT = np.zeros((B, T, D), np.float32), np.ones((B, T), np.float32)
   found = value(x_BTD, head_VD, targets_BT, ones_BT, chunk=4)
   assert float(found) == pytest.approx(B * T * np.log(V), rel=1e-6)
+
+
+@pytest.mark.parametrize('chunk', [3, 5])
+def test_nats_by_row_are_the_sums_of_rows(chunk):
+  args = inputs()
+  found = loss.nats_by_row(*args, chunk=chunk, dtype='float32')
+  x, head, targets, weights = args
+  expected = [
+    slow(x[i : i + 1], head, targets[i : i + 1], weights[i : i + 1])[0]
+    for i in range(B)
+  ]
+  np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -9,8 +9,8 @@ from configs import bitnet
 from configs import bitnet_b158
 from configs import fp
 from configs import pquant
+from qat import objective as objective_lib
 from qat import sharding
-from qat import step as step_lib
 from qat.nn import reference
 from qat.nn import transformer
 
@@ -54,7 +54,7 @@ def test_value_and_gradient_equal_the_textbook_form(module, changes):
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
 
   def fast(params):
-    total, _ = step_lib.loss_sum(model, config, mesh, params, batch)
+    total, _ = objective_lib.loss_sum(model, config, mesh, params, batch)
     return total / batch['targets'].size
 
   def textbook(params):

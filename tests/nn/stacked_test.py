@@ -12,6 +12,7 @@ from qat import config as config_lib
 from qat import finish
 from qat import flops
 from qat import health
+from qat import objective as objective_lib
 from qat import sharding
 from qat import step as step_lib
 from qat.infer import generate
@@ -153,7 +154,7 @@ def test_both_forms_have_the_same_loss_and_gradients(method, remat):
     model = build(method, scan, remat if scan else 'none')
 
     def loss(params):
-      total, sown = step_lib.loss_sum(model, made, mesh, params, inputs)
+      total, sown = objective_lib.loss_sum(model, made, mesh, params, inputs)
       return total / inputs['targets'].size, stacked.unstacked(sown)
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -171,7 +172,7 @@ def test_the_textbook_form_reads_both(method):
   model = build(method, True)
   made = config(method, True)
   found, _ = jax.jit(
-    lambda p: step_lib.loss_sum(model, made, tiny.mesh(made), p, inputs)
+    lambda p: objective_lib.loss_sum(model, made, tiny.mesh(made), p, inputs)
   )(params)
   expected = jax.jit(
     lambda p: reference.loss(p, inputs, made.model, model.rules)
@@ -215,7 +216,7 @@ def test_logs_name_layers_alike():
       params, changed = map(stacked.unstacked, (params, changed))
     made = config('pquant4', scan)
     _, routers = jax.jit(
-      lambda p, model=model, made=made: step_lib.loss_sum(
+      lambda p, model=model, made=made: objective_lib.loss_sum(
         model, made, tiny.mesh(made), p, batch('pquant4')
       )
     )(params)
