@@ -1,5 +1,5 @@
 // int8 activations times weights of 1, 2, 4 or 8 bits, for few rows of
-// activations.
+// activations, and several matrices of weights that are multiplied by one x.
 //
 // The weights are planar, as in packing.py, with K last and blocks of 64 bytes:
 // [N, blocks * 64], where P = 8 / bits planes of 64 inputs share a block;
@@ -242,22 +242,32 @@ QAT_AVX512 void Avx512(const Problem& q, int64_t n0, int64_t n1) {
 #endif  // QAT_X86
 
 template <int Bits>
+void Multiply(const Problem& q, int64_t variant, int64_t n0, int64_t n1) {
+#if QAT_X86
+  if (variant == kAvx512Vnni) return Avx512<Bits>(q, n0, n1);
+  if (variant == kAvx2) return Avx2<Bits>(q, n0, n1);
+#endif
+  Portable<Bits>(q, n0, n1);
+}
+
+// One y for each w, in one loop over the columns of all.
+template <int Bits>
 ffi::Error PackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
-                        ffi::Buffer<ffi::S8> w, ffi::ResultBuffer<ffi::S32> y,
+                        ffi::RemainingArgs ws, ffi::RemainingRets ys,
                         int64_t step, int64_t low, int64_t variant) {
   constexpr int P = 8 / Bits;
-  const auto x_shape = x.dimensions(), w_shape = w.dimensions();
-  if (x_shape.size() != 2 || w_shape.size() != 2) {
+  const auto x_shape = x.dimensions();
+  if (x_shape.size() != 2) {
     return ffi::Error::InvalidArgument("x and w have to be matrices");
   }
-  const int64_t M = x_shape[0], K = x_shape[1], N = w_shape[0];
-  const int64_t inputs = kBlock * P, blocks = (K + inputs - 1) / inputs;
-  if (w_shape[1] != blocks * kBlock) {
-    return ffi::Error::InvalidArgument("w is not packed for the width of x");
+  if (ws.size() != ys.size()) {
+    return ffi::Error::InvalidArgument("every w gives one y");
   }
   if (!Supported(variant)) {
     return ffi::Error::InvalidArgument("this processor lacks the variant");
   }
+  const int64_t M = x_shape[0], K = x_shape[1];
+  const int64_t inputs = kBlock * P, blocks = (K + inputs - 1) / inputs;
   const int8_t* rows = x.typed_data();
   std::vector<int8_t> padded;
   if (blocks * inputs != K) {
@@ -273,28 +283,43 @@ ffi::Error PackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
     for (int64_t k = 0; k < K; ++k) sum += x.typed_data()[m * K + k];
     offset_M[m] = int32_t(low) * sum;
   }
-  const Problem problem{rows,
-                        reinterpret_cast<const uint8_t*>(w.typed_data()),
-                        y->typed_data(),
-                        offset_M.data(),
-                        M,
-                        N,
-                        blocks,
-                        int32_t(step)};
-  auto columns = [&](int64_t n0, int64_t n1) {
-#if QAT_X86
-    if (variant == kAvx512Vnni) return Avx512<Bits>(problem, n0, n1);
-    if (variant == kAvx2) return Avx2<Bits>(problem, n0, n1);
-#endif
-    Portable<Bits>(problem, n0, n1);
-  };
-  // A thread takes longer to wake up than to multiply a small matrix.
-  const bool small = M * N * K < (int64_t{1} << 21);
+  std::vector<Problem> problems;
+  problems.reserve(ws.size());
+  int64_t total = 0;  // Columns.
+  for (size_t i = 0; i < ws.size(); ++i) {
+    const auto w = ws.get<ffi::Buffer<ffi::S8>>(i);
+    if (!w.has_value()) return w.error();
+    auto y = ys.get<ffi::Buffer<ffi::S32>>(i);
+    if (!y.has_value()) return y.error();
+    const auto w_shape = w->dimensions(), y_shape = (*y)->dimensions();
+    if (w_shape.size() != 2) {
+      return ffi::Error::InvalidArgument("x and w have to be matrices");
+    }
+    if (w_shape[1] != blocks * kBlock) {
+      return ffi::Error::InvalidArgument("w is not packed for the width of x");
+    }
+    const int64_t N = w_shape[0];
+    if (y_shape.size() != 2 || y_shape[0] != M || y_shape[1] != N) {
+      return ffi::Error::InvalidArgument("y has not the rows of x and w");
+    }
+    problems.push_back({rows, reinterpret_cast<const uint8_t*>(w->typed_data()),
+                        (*y)->typed_data(), offset_M.data(), M, N, blocks,
+                        int32_t(step)});
+    total += N;
+  }
+  // A thread takes longer to wake up than to multiply small matrices.
+  const bool small = M * total * K < (int64_t{1} << 21);
   const int64_t chunks =
-      small ? 1 : std::min<int64_t>(8 * pool.num_threads(), (N + 1) / 2);
-  const int64_t size = (N / 2 / chunks + 1) * 2;  // Even: columns go in pairs.
+      small ? 1 : std::min<int64_t>(8 * pool.num_threads(), (total + 1) / 2);
+  const int64_t size = (total / 2 / chunks + 1) * 2;  // Columns go in pairs.
   ParallelFor(pool, chunks, [&](int64_t i) {
-    columns(std::min(N, i * size), std::min(N, (i + 1) * size));
+    int64_t begin = i * size, end = begin + size;
+    for (const Problem& q : problems) {
+      const int64_t n0 = std::max<int64_t>(begin, 0), n1 = std::min(end, q.N);
+      if (n0 < n1) Multiply<Bits>(q, variant, n0, n1);
+      begin -= q.N;  // As counted from the first column of the next.
+      end -= q.N;
+    }
   });
   return ffi::Error::Success();
 }
@@ -303,8 +328,8 @@ auto Binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<ffi::Buffer<ffi::S8>>()
-      .Arg<ffi::Buffer<ffi::S8>>()
-      .Ret<ffi::Buffer<ffi::S32>>()
+      .RemainingArgs()
+      .RemainingRets()
       .Attr<int64_t>("step")
       .Attr<int64_t>("low")
       .Attr<int64_t>("variant");

@@ -1,5 +1,7 @@
 """Activations times packed weights."""
 
+from collections.abc import Sequence
+
 import jax
 from jax import numpy as jnp
 
@@ -57,6 +59,42 @@ def packed_matmul(
   return IMPLEMENTATIONS[name](x_MK, packed, x_scale_M1, out_dtype, target)
 
 
+def several(
+  x_MK: jax.Array,
+  packed: Sequence[packing.Packed],
+  *,
+  x_scale_M1: jax.Array | None = None,
+  out_dtype: jax.typing.DTypeLike = jnp.float32,
+  target: dispatch.Target | None = None,
+) -> list[jax.Array]:
+  """`packed_matmul` with each of several matrices, which gives the same bits.
+
+  On a CPU those of one format are multiplied in one call.
+
+  Args:
+    x_MK: as of `packed_matmul`, and so is the rest.
+    packed: matrices of one K.
+    x_scale_M1: likewise.
+    out_dtype: likewise.
+    target: likewise.
+
+  Returns:
+    For each matrix `[M, N]`.
+
+  Raises:
+    ValueError: shapes do not fit.
+  """
+  names = set()
+  for p in packed:
+    check(x_MK, p, x_scale_M1)
+    names.add(chosen('packed_matmul', x_MK, p, None, None, target)[0])
+  if names == {'cpu'} and len({p.format for p in packed}) == 1:
+    scale_M1 = _scale(x_MK, x_scale_M1)
+    return cpu.several(x_MK, packed, scale_M1, out_dtype)
+  options = dict(x_scale_M1=x_scale_M1, out_dtype=out_dtype, target=target)
+  return [packed_matmul(x_MK, p, **options) for p in packed]
+
+
 def chosen(
   kernel: str,
   x_MK: jax.Array,
@@ -75,9 +113,14 @@ def chosen(
     *(target, x_MK.dtype.name, x_MK.shape[0]),
     *(packed.format, packed.axis, packed.block),
   )
+  name = dispatch.choose(kernel, call, implementation)
+  return name, _scale(x_MK, x_scale_M1), target
+
+
+def _scale(x_MK: jax.Array, x_scale_M1: jax.Array | None) -> jax.Array:
   if x_scale_M1 is None:
-    x_scale_M1 = jnp.ones((x_MK.shape[0], 1), jnp.float32)
-  return dispatch.choose(kernel, call, implementation), x_scale_M1, target
+    return jnp.ones((x_MK.shape[0], 1), jnp.float32)
+  return x_scale_M1
 
 
 def check(

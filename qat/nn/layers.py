@@ -260,8 +260,8 @@ def products(
 ) -> list[jax.Array]:
   """What the layers give for their `operands`; as `project` returns it."""
   ys = []
-  for linear, pair in zip(linears, pairs, strict=True):
-    y = dot.quantized_dot(*pair, method)
+  dots = dot.quantized_dots(pairs, method)
+  for linear, y in zip(linears, dots, strict=True):
     if linear.bias:
       y = y + _last_axis(linear.get_variable('params', 'bias'), y.ndim)
     # Without gain and bias, as OneBit (2402.11295) ends a layer.

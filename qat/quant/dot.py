@@ -159,12 +159,8 @@ def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
   Returns:
     float32 `[..., N]`, or `[..., E, N]` for a stack.
   """
-  if isinstance(weight.quantized, packed.PackedMatrix):
-    rows = jax.tree.map(_flat, rows_of(x, method))
-    y_MN = packed_dot.matmul(
-      *rows, weight.quantized, method.dtype, method.target
-    )
-    return y_MN.reshape(*x.value.shape[:-1], *y_MN.shape[1:])
+  if _is_packed(weight):
+    return _packed_dots(x, [weight], method)[0]
   codes_MK, scale_M1 = parts(x, -1, method)
   codes_KN, scale_1N = parts(weight, -2, method)
   stack = weight.value.shape[:-2]
@@ -181,6 +177,33 @@ def quantized_dot(x: Operand, weight: Operand, method: Method) -> jax.Array:
     method,
   )
   return y_MN.reshape(*x.value.shape[:-1], *stack, weight.value.shape[-1])
+
+
+def quantized_dots(
+  pairs: Sequence[tuple[Operand, Operand]], method: Method
+) -> list[jax.Array]:
+  """`quantized_dot` of each pair of an input and a weight.
+
+  Packed weights that share one input, the same object, are handed to the
+  kernels together.
+  """
+  inputs, weights = zip(*pairs, strict=True)
+  if len({id(x) for x in inputs}) == 1 and all(map(_is_packed, weights)):
+    return _packed_dots(inputs[0], weights, method)
+  return [quantized_dot(*pair, method) for pair in pairs]
+
+
+def _is_packed(weight: Operand) -> bool:
+  return isinstance(weight.quantized, packed.PackedMatrix)
+
+
+def _packed_dots(
+  x: Operand, weights: Sequence[Operand], method: Method
+) -> list[jax.Array]:
+  rows = jax.tree.map(_flat, rows_of(x, method))
+  matrices = [w.quantized for w in weights]
+  ys = packed_dot.several(*rows, matrices, method.dtype, method.target)
+  return [y.reshape(*x.value.shape[:-1], *y.shape[1:]) for y in ys]
 
 
 def parts(

@@ -1,5 +1,7 @@
 """Products with packed matrices: inputs, or their codes, times packed bytes."""
 
+from collections.abc import Sequence
+
 import jax
 from jax import lax
 from jax import numpy as jnp
@@ -39,14 +41,33 @@ def matmul(
   if weight.gain_K is not None:
     gain_1K = weight.gain_K[None]
     x_MK, scale_M1 = _gained(x_MK, scale_M1, gain_1K, dtype), None
+  return _plain(x_MK, scale_M1, [weight], target)[0]
+
+
+def several(
+  x_MK: jax.Array,
+  scale_M1: jax.Array | None,
+  weights: Sequence[packed.PackedMatrix],
+  dtype: jax.typing.DTypeLike,
+  target: dispatch.Target | None,
+) -> list[jax.Array]:
+  """`matmul` with each of several weights, in one call where a kernel can."""
+  if all(w.data.ndim == 2 and w.gain_K is None for w in weights):
+    return _plain(x_MK, scale_M1, weights, target)
+  return [matmul(x_MK, scale_M1, w, dtype, target) for w in weights]
+
+
+def _plain(x_MK, scale_M1, weights, target) -> list[jax.Array]:
+  """Products with matrices that have no gain: float32 `[M, N]` of each."""
   from pallas_kernels.packed_matmul import api
 
-  y_MN = api.packed_matmul(
-    x_MK, weight.packed, x_scale_M1=scale_M1, target=target
+  ys = api.several(
+    x_MK, [w.packed for w in weights], x_scale_M1=scale_M1, target=target
   )
-  if weight.shift is None:
-    return y_MN
-  return y_MN + _sums(x_MK, scale_M1) * weight.shift
+  return [
+    y_MN if w.shift is None else y_MN + _sums(x_MK, scale_M1) * w.shift
+    for y_MN, w in zip(ys, weights, strict=True)
+  ]
 
 
 def by_group(

@@ -1,5 +1,7 @@
 """The program of a decoding step: shapes alone, and what it computes."""
 
+import functools
+
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -7,11 +9,14 @@ import pytest
 
 from configs import pquant
 from pallas_kernels import dispatch
+from pallas_kernels import native
 from qat.infer import decode
 from qat.infer import generate
 from qat.infer import pack
 from qat.interop import folder
 from qat.nn import transformer
+from qat.quant import dot
+from tests import jaxprs
 from tests import tiny
 
 CPU = dispatch.Target('cpu')
@@ -42,6 +47,42 @@ def test_a_step_is_lowered_for_a_device_that_is_not_there(target, kernel):
   assert logits_BV.shape == (2, 32_000)
   assert len(caches) == 1
   assert kernel in made.as_text()
+
+
+@pytest.mark.skipif(
+  not native.variants(), reason=f'the C++ extension is {native.status()}'
+)
+@pytest.mark.parametrize(
+  ('method', 'calls'),
+  # q, k and v; o; gate and up; down; of pQuant those of the narrow branch too.
+  [('bitnet', 4), ('pquant', 6)],
+)
+def test_layers_that_read_one_input_are_multiplied_in_one_call(
+  monkeypatch, method, calls
+):
+  config = tiny.config(method, tiny.EXACT)
+  model = transformer.build(config, 'cpu', 1)
+  program = decode.decode_program(config, CPU, batch=1, length=9)
+  token_BT = jnp.array([[7]], jnp.int32)
+  params = jax.jit(model.init)(jax.random.key(0), token_BT)['params']
+  made = folder.nested(dict(pack.leaves(model, params, CPU)))
+  caches = generate.empty_caches(model, 1, 9)
+  arguments = made, token_BT, caches, jnp.int32(0)
+
+  def step():
+    # A new function each time: what was traced before is not what is asked.
+    function = functools.partial(program.function)
+    native_calls = jaxprs.count('ffi_call', function, *arguments)
+    return native_calls, jax.jit(function)(*arguments)[0]
+
+  together, found = step()
+  monkeypatch.setattr(
+    *(dot, 'quantized_dots'),
+    lambda pairs, method: [dot.quantized_dot(*pair, method) for pair in pairs],
+  )
+  alone, expected = step()
+  assert together == calls < alone
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_it_computes_what_generation_does():

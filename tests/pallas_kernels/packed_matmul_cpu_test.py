@@ -14,6 +14,7 @@ from pallas_kernels import native
 from pallas_kernels import packing
 from pallas_kernels.packed_matmul import api
 from pallas_kernels.packed_matmul import cpu
+from tests import jaxprs
 
 CPU = dispatch.Target('cpu')
 FORMATS = ('1bit', '2bit', 'int4', 'int8')
@@ -60,6 +61,49 @@ def test_sums_are_exact(format, rows, inputs, outputs, seed):
 
 
 @pytest.mark.parametrize('format', FORMATS)
+@pytest.mark.parametrize('rows', [1, 3, 8])
+def test_several_matrices_are_multiplied_as_each_alone(format, rows):
+  # The last is wide enough for several threads, whose columns are of two.
+  inputs, widths = 1000, (33, 1, 70, 2050)
+  x, _, _ = draw(0, format, rows, inputs, 1)
+  made = [draw(n, format, rows, inputs, n)[1:] for n in widths]
+  several = [packed for _, packed in made]
+  for variant in native.variants():
+    found = cpu.several_sums(x, several, variant)
+    for y_MN, (codes, packed) in zip(found, made, strict=True):
+      np.testing.assert_array_equal(y_MN, np.int64(x) @ codes)
+      np.testing.assert_array_equal(y_MN, cpu.sums(x, packed, variant))
+  x_scale = jnp.linspace(0.1, 1, rows)[:, None]
+  products = api.several(x, several, x_scale_M1=x_scale)
+  for y_MN, packed in zip(products, several, strict=True):
+    alone = api.packed_matmul(x, packed, x_scale_M1=x_scale)
+    np.testing.assert_array_equal(y_MN, alone)
+
+
+def test_matrices_of_one_format_and_input_are_one_call():
+  def calls(several, rows):
+    x = jnp.zeros((rows, 70), jnp.int8)
+    return jaxprs.count('ffi_call', lambda x: api.several(x, several), x)
+
+  _, _, binary = draw(0, '1bit', 1, 70, 5)
+  _, _, ternary = draw(0, '2bit', 1, 70, 5)
+  assert calls([binary] * 3, 1) == 1
+  assert calls([binary, ternary], 1) == 2
+  with pytest.raises(ValueError, match='want them of one format'):
+    cpu.several_sums(jnp.zeros((1, 70), jnp.int8), [binary, ternary])
+  with pytest.raises(ValueError, match=r'x has shape \(2, 70\); the weights'):
+    _, _, other = draw(0, '1bit', 1, 71, 5)
+    calls([binary, other], 2)
+
+
+def test_a_weight_that_is_packed_for_another_width_is_refused():
+  x, _, binary = draw(0, '1bit', 1, 70, 5)
+  _, _, wide = draw(0, '1bit', 1, 513, 5)
+  with pytest.raises(Exception, match='w is not packed for the width of x'):
+    jax.block_until_ready(cpu.several_sums(x, [binary, wide]))
+
+
+@pytest.mark.parametrize('format', FORMATS)
 def test_the_table_takes_it_and_it_is_the_reference(format):
   x, _, packed = draw(0, format, 5, 700, 40)
   x_scale = jnp.linspace(0.1, 1, 5)[:, None]
@@ -80,8 +124,13 @@ def test_a_stack_is_its_matrices_one_by_one():
   packed = packing.pack(
     codes_EKN, jnp.ones((3, 1, 1)), '1bit', axis=-1, block=cpu.BLOCK
   )
+  expected = np.int64(x) @ np.int64(codes_EKN)
   found = jax.vmap(cpu.sums, (None, 0))(x, packed)
-  np.testing.assert_array_equal(found, np.int64(x) @ np.int64(codes_EKN))
+  np.testing.assert_array_equal(found, expected)
+  turned = jax.tree.map(lambda a: a[::-1], packed)
+  two = jax.vmap(lambda *several: cpu.several_sums(x, several))(packed, turned)
+  for found, value in zip(two, (expected, expected[::-1]), strict=True):
+    np.testing.assert_array_equal(found, value)
 
 
 @pytest.mark.parametrize(

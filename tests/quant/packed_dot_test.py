@@ -65,6 +65,26 @@ def test_a_product_is_that_of_the_values(weight, gains, int8):
   close(found, values_MK @ w_EKN[1])
 
 
+@pytest.mark.parametrize('int8', [False, True])
+def test_several_products_are_those_of_each(int8):
+  x_MK, scale_M1, _ = inputs(int8)
+  binary, zeros, gained = (
+    jax.tree.map(lambda a: a[1], stack(*args))
+    for args in (('binary',), ('int8_asym',), ('binary', CPU, True))
+  )
+  for weights in (
+    [binary, binary],
+    [zeros, zeros],
+    [binary, zeros],
+    [binary, gained],
+    [binary, stack('binary')],
+  ):
+    found = packed_dot.several(x_MK, scale_M1, weights, jnp.float32, CPU)
+    for y, w in zip(found, weights, strict=True):
+      alone = packed_dot.matmul(x_MK, scale_M1, w, jnp.float32, CPU)
+      np.testing.assert_array_equal(y, alone)
+
+
 @CASES
 @pytest.mark.parametrize('experts', [[2], [0, 2], [0, 1, 1]])
 def test_a_tile_meets_its_expert(weight, gains, int8, experts):
