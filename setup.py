@@ -99,7 +99,7 @@ setuptools.setup(
       sources=[
         f'{NATIVE}/{name}.cc'
         for name in (
-          *('bfloat16_matmul', 'int8_matmul', 'packed_matmul'),
+          *('act_quant', 'bfloat16_matmul', 'int8_matmul', 'packed_matmul'),
           'read_memory',
         )
       ],

@@ -27,6 +27,7 @@ _HANDLERS = (
   'qat_packed_matmul_8',
   'qat_int8_matmul',
   'qat_bfloat16_matmul',
+  'qat_act_quant',
   'qat_read_memory',
 )
 
