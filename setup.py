@@ -99,8 +99,8 @@ setuptools.setup(
       sources=[
         f'{NATIVE}/{name}.cc'
         for name in (
-          *('bfloat16_matmul', 'cached_attention', 'int8_matmul'),
-          *('packed_matmul', 'read_memory'),
+          *('act_quant', 'bfloat16_matmul', 'cached_attention'),
+          *('int8_matmul', 'packed_matmul', 'read_memory'),
         )
       ],
       depends=[f'{NATIVE}/parallel.h', f'{NATIVE}/variants.h'],

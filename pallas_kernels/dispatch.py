@@ -165,6 +165,12 @@ TABLE: tuple[Row, ...] = (
   Row('packed_matmul', 'reference'),
   Row('act_quant', 'tpu', 'tpu', _TPUS, ('bfloat16', 'float32')),
   Row('act_quant', 'gpu', 'gpu', _HOPPER, ('bfloat16', 'float32')),
+  Row(
+    *('act_quant', 'cpu', 'cpu'),
+    dtypes=('bfloat16', 'float32'),
+    native=True,
+    rows=(0, 8),  # It runs on one thread.
+  ),
   Row('act_quant', 'reference'),
   Row(
     *('decoupled_ffn_up', 'tpu', 'tpu', _TPUS, _CODES),

@@ -4,12 +4,14 @@ import jax
 from jax import numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.act_quant import cpu
 from pallas_kernels.act_quant import gpu
 from pallas_kernels.act_quant import reference
 from pallas_kernels.act_quant import tpu
 
 IMPLEMENTATIONS = {
   'reference': reference.act_quant,
+  'cpu': cpu.act_quant,
   'tpu': tpu.act_quant,
   'gpu': gpu.act_quant,
 }

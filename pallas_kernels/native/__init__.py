@@ -30,6 +30,7 @@ _HANDLERS = (
   'qat_bfloat16_rows',
   'qat_cached_attention_bfloat16',
   'qat_cached_attention_float32',
+  'qat_act_quant',
   'qat_read_memory',
 )
 

@@ -171,7 +171,8 @@ class DecoupledFFN(nn.Module):
     if c.norm == 'pre' or c.norm_shared or c.n_experts > 1:
       normed_BTD = layers.make_norm(c, 'norm')(x_BTD)
     source = normed_BTD if c.norm == 'pre' or c.norm_shared else x_BTD
-    pairs = layers.operands(source, wide.readers() + narrow.readers(), mix)
+    readers = wide.readers() + narrow.readers()
+    pairs = layers.operands(source, readers, self.method, mix)
     if c.n_experts == 1:
       gate_up = layers.products(narrow.readers(), pairs[2:], self.method)
       y_narrow = narrow.finish(*gate_up, mix)
@@ -215,7 +216,7 @@ class DecoupledFFN(nn.Module):
     self.sow('inputs', 'chosen_hidden', mine_GSE)
     gate_up = experts.project(pairs, layout, self.method)
     hidden_GSF = narrow.hidden(*gate_up, mix)
-    (pair,) = layers.operands(hidden_GSF, [narrow.down], mix)
+    (pair,) = layers.operands(hidden_GSF, [narrow.down], self.method, mix)
     y_GSD = grouped_dot.grouped_dot(*pair, layout.expert_GC, self.method)
     y_GkMD = experts.spread(y_GSD, layout)
     y_GMD = experts.weigh(y_GkMD, in_groups(weight_BTk))

@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 from qat.nn import stacked
 from qat.quant import composed
 from qat.quant import dot
+from qat.quant import packed
 from qat.quant import rules as rules_lib
 
 
@@ -202,7 +203,10 @@ class Linear(nn.Module):
 
 
 def operands(
-  x: jax.Array, linears: Sequence[Linear], mix: jax.Array | None = None
+  x: jax.Array,
+  linears: Sequence[Linear],
+  method: dot.Method,
+  mix: jax.Array | None = None,
 ) -> list[tuple[dot.Operand, dot.Operand]]:
   """What several linear layers multiply with one input.
 
@@ -212,6 +216,7 @@ def operands(
   Args:
     x: float, `[..., K]`.
     linears: layers that read `x`, bound to their scope.
+    method: how they will be multiplied.
     mix: share of quantization while it is annealed; see `dot.make_input`.
 
   Returns:
@@ -220,12 +225,17 @@ def operands(
   pairs, shared = [], {}
   for linear in linears:
     layer, normed = linear.parameters_and_input(x)
+    make_input = functools.partial(dot.make_input, mix=mix)
+    if mix is None and isinstance(layer['kernel'], packed.PackedMatrix):
+      make_input = functools.partial(
+        dot.make_packed_input, target=method.target
+      )
     if linear.norm_eps is not None:
-      source = dot.make_input(normed, linear.spec, mix)
+      source = make_input(normed, linear.spec)
     else:
       key = linear.spec.input_key
       if key not in shared:
-        shared[key] = dot.make_input(normed, linear.spec, mix)
+        shared[key] = make_input(normed, linear.spec)
       source = shared[key]
     _record(linear, source)
     pairs.append((source, dot.make_weight(layer, linear.spec, mix)))
@@ -250,7 +260,7 @@ def project(
     For each layer float32 `[..., N]`; for a stack of experts `[..., E, N]`:
     each of its matrices applied to every token.
   """
-  return products(linears, operands(x, linears, mix), method)
+  return products(linears, operands(x, linears, method, mix), method)
 
 
 def products(

@@ -120,6 +120,23 @@ def make_input(
   )
 
 
+def make_packed_input(
+  x_MK: jax.Array, spec: rules.Spec, target: dispatch.Target | None
+) -> Operand:
+  """`make_input` for packed weights; on a CPU few tokens are one call.
+
+  Args:
+    x_MK: float, `[..., K]`.
+    spec: how inputs are quantized.
+    target: as of `Method`.
+  """
+  if (spec.activation, spec.activation_granularity) == ('int8', 'token'):
+    quantized = packed_dot.few_codes(lax.stop_gradient(x_MK), target)
+    if quantized is not None:
+      return Operand(x_MK, quantized)
+  return make_input(x_MK, spec)
+
+
 def make_weight(
   layer: Mapping[str, jax.Array],
   spec: rules.Spec,

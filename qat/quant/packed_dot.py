@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from pallas_kernels import dispatch
 from qat.quant import packed
+from qat.quant import qtensor
 
 # The kernels are imported where they are called: Pallas takes half a second,
 # and every command imports this module.
@@ -68,6 +69,38 @@ def _plain(x_MK, scale_M1, weights, target) -> list[jax.Array]:
     y_MN if w.shift is None else y_MN + _sums(x_MK, scale_M1) * w.shift
     for y_MN, w in zip(ys, weights, strict=True)
   ]
+
+
+def few_codes(
+  x_MK: jax.Array, target: dispatch.Target | None
+) -> qtensor.QTensor | None:
+  """Int8 inputs, token by token: `activations.absmax` as XLA computes it.
+
+  The same codes and scales bit for bit, of numbers that are finite. What is not
+  finite always shows in its token's scale; XLA:CPU's maximum may pass over NaN.
+
+  Args:
+    x_MK: float, `[..., K]`.
+    target: as of `matmul`.
+
+  Returns:
+    None where XLA's own loops are to be used: for many tokens, and where there
+    is no C++ extension.
+  """
+  x_2d = x_MK.reshape(-1, x_MK.shape[-1])
+  call = dispatch.Call(
+    target or dispatch.here(), x_2d.dtype.name, x_2d.shape[0]
+  )
+  if dispatch.choose('act_quant', call) != 'cpu':
+    return None
+  from pallas_kernels.act_quant import cpu
+
+  codes_MK, scale_M1 = cpu.codes(x_2d)
+  return qtensor.QTensor(
+    codes_MK.reshape(x_MK.shape),
+    scale_M1.reshape(*x_MK.shape[:-1], 1),
+    'int8',
+  )
 
 
 def by_group(

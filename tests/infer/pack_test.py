@@ -12,6 +12,7 @@ import pytest
 from configs import common
 from configs import pquant
 from pallas_kernels import dispatch
+from pallas_kernels import native
 from qat import manifest
 from qat.infer import load
 from qat.infer import pack
@@ -19,6 +20,7 @@ from qat.interop import folder
 from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import packed
+from qat.quant import packed_dot
 from tests import tiny
 
 CPU = dispatch.Target('cpu')
@@ -141,6 +143,29 @@ def test_packed_logits_are_those_of_training(method):
     assert set(kernels.values()) == {'PackedMatrix'}
   # What a quantizer learned is in the matrices.
   assert not [p for p in kinds if re.search('learned|gain_|clip_', p)]
+
+
+@pytest.mark.skipif(
+  not native.variants(), reason=f'the C++ extension is {native.status()}'
+)
+@pytest.mark.parametrize('method', ['pquant8', 'mixed'])
+def test_inputs_of_few_tokens_are_quantized_in_one_call(method, monkeypatch):
+  model, params = trained(config(method))
+  made = packed_params(model, params)
+  here = pack.for_packed(model, None)
+
+  def run(model, params):
+    return model.apply({'params': params}, TOKENS[:1], method='logits')[0]
+
+  def text(model, params):
+    return str(jax.make_jaxpr(lambda p: run(model, p))(params))
+
+  assert 'qat_act_quant' in text(here, made)
+  assert 'qat_act_quant' not in text(model, params)
+  found = jax.jit(lambda p: run(here, p))(made)
+  monkeypatch.setattr(packed_dot, 'few_codes', lambda *_: None)
+  assert 'qat_act_quant' not in text(here, made)
+  np.testing.assert_array_equal(jax.jit(lambda p: run(here, p))(made), found)
 
 
 def test_floats_are_as_small_as_the_model_reads_them():
