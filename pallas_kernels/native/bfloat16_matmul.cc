@@ -129,7 +129,7 @@ ffi::Error Bfloat16Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x,
                         half};
   const int64_t chunks =
       std::min<int64_t>(N, 8 * std::max<int64_t>(pool.num_threads(), 1));
-  ParallelFor(pool, chunks, [&](int64_t i) {
+  ParallelForAwake(pool, chunks, [&](int64_t i) {
     const int64_t n0 = N * i / chunks, n1 = N * (i + 1) / chunks;
 #if QAT_X86
     if (variant == kAvx512Vnni) return Avx512(problem, n0, n1);

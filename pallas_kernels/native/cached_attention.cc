@@ -207,11 +207,11 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<D> query,
   };
   int64_t work = 0;
   for (int64_t b = 0; b < B; ++b) work += (place(b) + 1) * N * H;
-  // A thread takes longer to wake up than to read a short cache.
-  if (work < (int64_t{1} << 19)) {
+  // Even a thread that is awake takes a while to hear of it.
+  if (work < (int64_t{1} << 15)) {
     for (int64_t i = 0; i < B * K; ++i) head(i);
   } else {
-    ParallelFor(pool, B * K, head);
+    ParallelForAwake(pool, B * K, head);
   }
   return ffi::Error::Success();
 }

@@ -307,12 +307,12 @@ ffi::Error PackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
                         int32_t(step)});
     total += N;
   }
-  // A thread takes longer to wake up than to multiply small matrices.
-  const bool small = M * total * K < (int64_t{1} << 21);
+  // Even a thread that is awake takes a while to hear of it.
+  const bool small = M * total * K < (int64_t{1} << 19);
   const int64_t chunks =
       small ? 1 : std::min<int64_t>(8 * pool.num_threads(), (total + 1) / 2);
   const int64_t size = (total / 2 / chunks + 1) * 2;  // Columns go in pairs.
-  ParallelFor(pool, chunks, [&](int64_t i) {
+  ParallelForAwake(pool, chunks, [&](int64_t i) {
     int64_t begin = i * size, end = begin + size;
     for (const Problem& q : problems) {
       const int64_t n0 = std::max<int64_t>(begin, 0), n1 = std::min(end, q.N);
