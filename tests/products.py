@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.quantized_train_matmul import cpu as scaled_matmul
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules
 
 FLOAT32 = dot.Method(int8=False, dtype='float32')
@@ -64,12 +65,12 @@ def normal(*shape, seed=0):
 
 def apply(x, w, spec, method):
   return dot.quantized_dot(
-    dot.make_input(x, spec), make_weight(w, spec), method
+    operand_lib.make_input(x, spec), make_weight(w, spec), method
   )
 
 
 def make_weight(w, spec):
-  return dot.make_weight({'kernel': jnp.asarray(w)}, spec)
+  return operand_lib.make_weight({'kernel': jnp.asarray(w)}, spec)
 
 
 def quantize(spec, w):

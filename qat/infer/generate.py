@@ -19,7 +19,7 @@ from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
-from qat.nn import attention
+from qat.nn import kv_cache
 from qat.nn import transformer
 from qat.quant import qtensor
 
@@ -93,7 +93,7 @@ def empty_caches(
   batch: int,
   length: int,
   kind: str | None = None,
-) -> list[attention.Cache]:
+) -> list[kv_cache.Cache]:
   """A KV cache for each block, with room for `length` positions.
 
   Args:
@@ -117,17 +117,17 @@ def empty_caches(
       return qtensor.QTensor(jnp.zeros(shape, jnp.int8), scale, 'int8')
     return jnp.zeros(shape, kind or c.dot_dtype)
 
-  return [attention.Cache(empty(), empty()) for _ in range(c.n_layers)]
+  return [kv_cache.Cache(empty(), empty()) for _ in range(c.n_layers)]
 
 
 def advance(
   model: transformer.Transformer,
   params: Any,
   tokens_BT: jax.Array,
-  caches: list[attention.Cache],
+  caches: list[kv_cache.Cache],
   start: jax.Array | int,
   last_B: jax.Array,
-) -> tuple[jax.Array, list[attention.Cache]]:
+) -> tuple[jax.Array, list[kv_cache.Cache]]:
   """Logits `[B, V]` after token `last_B` of T, and the longer caches."""
   logits_B1V, caches = model.apply(
     *({'params': params}, tokens_BT, caches, start, last_B), method='logits'

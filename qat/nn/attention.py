@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,64 +9,15 @@ from jax import lax
 from jax import numpy as jnp
 from ml_collections import FrozenConfigDict
 
-from pallas_kernels.cached_attention import cpu as native_attention
+from qat.nn import kv_cache
 from qat.nn import layers
 from qat.nn import remat
-from qat.quant import activations
 from qat.quant import dot
-from qat.quant import qtensor
 from qat.quant import rules as rules_lib
 
 # Queries that the blocked form takes at a time; keys after the block are never
 # touched, so small blocks save work and large ones run faster.
 _BLOCK = 128
-
-
-class Cache(NamedTuple):
-  """Keys and values of the positions seen so far: `[B, S, KV, H]` each.
-
-  Arrays of floats, or int8 codes with a scale for each token and head. What is
-  written takes the form of what is there.
-  """
-
-  keys_BSKH: jax.Array | qtensor.QTensor
-  values_BSKH: jax.Array | qtensor.QTensor
-
-  def extended(
-    self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_T: jax.Array
-  ) -> 'Cache':
-    """With T more positions: of all rows, `[T]`, or of each, `[B, T]`."""
-    new = Cache(
-      *(_like(*pair) for pair in zip((k_BTKH, v_BTKH), self, strict=True))
-    )
-    if positions_T.ndim == 1:
-      start = (0, positions_T[0], 0, 0)
-      return jax.tree.map(
-        lambda a, b: lax.dynamic_update_slice(a, b, start), self, new
-      )
-    write = jax.vmap(
-      lambda a, b, start: lax.dynamic_update_slice(a, b, (start, 0, 0))
-    )
-    return jax.tree.map(lambda a, b: write(a, b, positions_T[:, 0]), self, new)
-
-  def holds_one_more(self, *new_BTNH: jax.Array) -> bool:
-    """Whether `new_BTNH` are of one token, and floats as those here are."""
-    kept = self.keys_BSKH.dtype if isinstance(self.keys_BSKH, jax.Array) else ''
-    return kept in native_attention.DTYPES and all(
-      a.shape[1] == 1 and a.dtype == kept for a in new_BTNH
-    )
-
-
-def _like(x_BTKH: jax.Array, there: jax.Array | qtensor.QTensor):
-  if isinstance(there, qtensor.QTensor):
-    return activations.QUANTIZERS['int8'](x_BTKH)
-  return x_BTKH.astype(there.dtype)
-
-
-def _floats(stored, dtype: jax.typing.DTypeLike) -> jax.Array:
-  if isinstance(stored, qtensor.QTensor):
-    return stored.dequantize(dtype)
-  return stored.astype(dtype)
 
 
 def rotary(
@@ -124,9 +74,9 @@ class Attention(nn.Module):
     self,
     x_BTD: jax.Array,
     positions_T: jax.Array,
-    cache: Cache | None = None,
+    cache: kv_cache.Cache | None = None,
     mix: jax.Array | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Returns the output `[B, T, D]` and the cache with T more positions.
 
     Positions are `[T]`; with a cache also `[B, T]`, those of each row.
@@ -171,11 +121,7 @@ class Attention(nn.Module):
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
     else:
       new = q_BTNH, k_BTKH, v_BTKH
-      if self.method.native and cache.holds_one_more(*new):
-        y_BTNH, cache = _native_step(*new, cache, positions_T)
-      else:
-        cache = cache.extended(k_BTKH, v_BTKH, positions_T)
-        y_BTNH = _cached_attention(q_BTNH, cache, positions_T)
+      y_BTNH, cache = cache.attend(*new, positions_T, self.method.native)
     std = c.init_std
     if c.init_residual_scale:
       std /= math.sqrt(2 * c.n_layers)
@@ -237,34 +183,6 @@ def choose_form(name: str, platform: str, devices: int, dtype: str) -> str:
   if platform == 'gpu':
     return 'cudnn' if dtype == 'bfloat16' else 'xla'
   return 'blocked' if platform == 'cpu' and devices == 1 else 'xla'
-
-
-def _cached_attention(q_BTNH, cache: Cache, positions_T) -> jax.Array:
-  """Attention of T new positions to all cached ones up to themselves."""
-  k_BSKH, v_BSKH = (_floats(stored, q_BTNH.dtype) for stored in cache)
-  positions_11S = jnp.arange(k_BSKH.shape[1])[None, None]
-  mask_1TS = positions_11S <= jnp.atleast_2d(positions_T)[..., None]
-  return jax.nn.dot_product_attention(
-    q_BTNH, k_BSKH, v_BSKH, mask=mask_1TS[:, None], implementation='xla'
-  )
-
-
-def _native_step(
-  q_B1NH: jax.Array,
-  k_B1KH: jax.Array,
-  v_B1KH: jax.Array,
-  cache: Cache,
-  positions_T: jax.Array,
-) -> tuple[jax.Array, Cache]:
-  """`_cached_attention` of one token, and the longer cache, in C++."""
-  batch = q_B1NH.shape[0]
-  position_B = jnp.broadcast_to(positions_T.reshape(-1), (batch,))
-  y_BNH, *longer = native_attention.attend(
-    *(a[:, 0] for a in (q_B1NH, k_B1KH, v_B1KH)),
-    *cache,
-    position_B.astype(jnp.int32),
-  )
-  return y_BNH[:, None].astype(q_B1NH.dtype), Cache(*longer)
 
 
 def _looped(

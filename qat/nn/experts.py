@@ -30,6 +30,7 @@ from jax import numpy as jnp
 
 from qat.quant import dot
 from qat.quant import grouped_dot
+from qat.quant import operand as operand_lib
 
 
 @functools.partial(
@@ -134,7 +135,7 @@ def place(
 
 
 def project(
-  pairs: Sequence[tuple[dot.Operand, dot.Operand]],
+  pairs: Sequence[tuple[operand_lib.Operand, operand_lib.Operand]],
   layout: Layout,
   method: dot.Method,
 ) -> list[jax.Array]:
@@ -161,7 +162,7 @@ def project(
   return [found[i] for i in range(len(pairs))]
 
 
-def gather(x: dot.Operand, layout: Layout) -> dot.Operand:
+def gather(x: operand_lib.Operand, layout: Layout) -> operand_lib.Operand:
   """An input `[B, T, K]` in the order of the slots: `[G, S, K]`."""
   groups, _, tokens = layout.slot_GkM.shape
 
@@ -173,7 +174,7 @@ def gather(x: dot.Operand, layout: Layout) -> dot.Operand:
   quantized = jax.tree.map(
     lambda leaf: _rows(rows(leaf), layout.token_GS), x.quantized
   )
-  return dot.Operand(value, quantized)
+  return operand_lib.Operand(value, quantized)
 
 
 @jax.custom_vjp

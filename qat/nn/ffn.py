@@ -13,10 +13,11 @@ from qat.nn import layers
 from qat.nn import remat
 from qat.quant import dot
 from qat.quant import grouped_dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules as rules_lib
 
 # The input of a linear layer, and its weight.
-Pair = tuple[dot.Operand, dot.Operand]
+Pair = tuple[operand_lib.Operand, operand_lib.Operand]
 
 # Of the gate. 'silu' makes the layer SwiGLU (2002.05202).
 ACTIVATIONS = {

@@ -11,6 +11,7 @@ from ml_collections import FrozenConfigDict
 from qat.nn import stacked
 from qat.quant import composed
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import packed
 from qat.quant import rules as rules_lib
 
@@ -207,7 +208,7 @@ def operands(
   linears: Sequence[Linear],
   method: dot.Method,
   mix: jax.Array | None = None,
-) -> list[tuple[dot.Operand, dot.Operand]]:
+) -> list[tuple[operand_lib.Operand, operand_lib.Operand]]:
   """What several linear layers multiply with one input.
 
   The input is quantized once for all layers that have no norm of their own and
@@ -217,7 +218,7 @@ def operands(
     x: float, `[..., K]`.
     linears: layers that read `x`, bound to their scope.
     method: how they will be multiplied.
-    mix: share of quantization while it is annealed; see `dot.make_input`.
+    mix: share of quantization while it is annealed; see `operand.make_input`.
 
   Returns:
     For each layer its input and its weight.
@@ -225,10 +226,10 @@ def operands(
   pairs, shared = [], {}
   for linear in linears:
     layer, normed = linear.parameters_and_input(x)
-    make_input = functools.partial(dot.make_input, mix=mix)
+    make_input = functools.partial(operand_lib.make_input, mix=mix)
     if mix is None and isinstance(layer['kernel'], packed.PackedMatrix):
       make_input = functools.partial(
-        dot.make_packed_input, target=method.target
+        operand_lib.make_packed_input, target=method.target
       )
     if linear.norm_eps is not None:
       source = make_input(normed, linear.spec)
@@ -238,7 +239,7 @@ def operands(
         shared[key] = make_input(normed, linear.spec)
       source = shared[key]
     _record(linear, source)
-    pairs.append((source, dot.make_weight(layer, linear.spec, mix)))
+    pairs.append((source, operand_lib.make_weight(layer, linear.spec, mix)))
   return pairs
 
 
@@ -254,7 +255,7 @@ def project(
     x: float, `[..., K]`.
     linears: layers that read `x`, bound to their scope.
     method: how to multiply.
-    mix: share of quantization while it is annealed; see `dot.make_input`.
+    mix: share of quantization while it is annealed; see `operand.make_input`.
 
   Returns:
     For each layer float32 `[..., N]`; for a stack of experts `[..., E, N]`:
@@ -265,7 +266,7 @@ def project(
 
 def products(
   linears: Sequence[Linear],
-  pairs: Sequence[tuple[dot.Operand, dot.Operand]],
+  pairs: Sequence[tuple[operand_lib.Operand, operand_lib.Operand]],
   method: dot.Method,
 ) -> list[jax.Array]:
   """What the layers give for their `operands`; as `project` returns it."""
@@ -286,7 +287,7 @@ def _standardize(y: jax.Array, eps: float) -> jax.Array:
   return y * jax.lax.rsqrt(variance + eps)
 
 
-def _record(linear: Linear, source: dot.Operand) -> None:
+def _record(linear: Linear, source: operand_lib.Operand) -> None:
   """Keeps what the layer multiplies, where a caller asks for 'inputs'."""
   value = source.value
   if source.quantized is not None:

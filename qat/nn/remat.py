@@ -37,7 +37,7 @@ def product(
   Args:
     y: the output, in the dtype in which it is read.
     spec: the layer's.
-    mix: as in `dot.make_input`; annealed products are of floats.
+    mix: as in `operand_lib.make_input`; annealed products are of floats.
   """
   codes = mix is None and 'none' not in (spec.weight, spec.activation)
   return y if codes else ad_checkpoint.checkpoint_name(y, 'product')

@@ -16,6 +16,7 @@ from ml_collections import FrozenConfigDict
 from pallas_kernels.head_matmul import cpu as head_matmul
 from qat.nn import attention
 from qat.nn import ffn
+from qat.nn import kv_cache
 from qat.nn import layers
 from qat.nn import remat
 from qat.nn import stacked
@@ -36,9 +37,9 @@ class Block(nn.Module):
     self,
     x_BTD: jax.Array,
     positions_T: jax.Array,
-    cache: attention.Cache | None,
+    cache: kv_cache.Cache | None,
     mix: jax.Array | None = None,
-  ) -> tuple[jax.Array, attention.Cache | None]:
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     parts = dict(config=self.config, rules=self.rules, method=self.method)
     y_BTD, cache = attention.Attention(**parts, name='attn')(
       x_BTD, positions_T, cache, mix
@@ -121,10 +122,10 @@ class Transformer(nn.Module):
   def __call__(
     self,
     tokens_BT: jax.Array,
-    caches: Sequence[attention.Cache] | None = None,
+    caches: Sequence[kv_cache.Cache] | None = None,
     start: jax.Array | int = 0,
     mix: jax.Array | None = None,
-  ) -> tuple[jax.Array, list[attention.Cache] | None]:
+  ) -> tuple[jax.Array, list[kv_cache.Cache] | None]:
     """Hidden states before the head.
 
     Args:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pallas_kernels.quantized_train_matmul import cpu as scaled_matmul
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import packed
 from qat.quant import packed_dot
 
@@ -28,7 +29,10 @@ _NT = (((2,), (2,)), ((0,), (0,)))
 
 
 def grouped_dot(
-  x: dot.Operand, weight: dot.Operand, expert_GC: jax.Array, method: dot.Method
+  x: operand_lib.Operand,
+  weight: operand_lib.Operand,
+  expert_GC: jax.Array,
+  method: dot.Method,
 ) -> jax.Array:
   """Multiplies each row by the matrix of its tile.
 
@@ -62,8 +66,8 @@ def grouped_dot(
 
 
 def grouped_dots(
-  x: dot.Operand,
-  weights: Sequence[dot.Operand],
+  x: operand_lib.Operand,
+  weights: Sequence[operand_lib.Operand],
   expert_GC: jax.Array,
   method: dot.Method,
 ) -> list[jax.Array]:
@@ -75,7 +79,7 @@ def grouped_dots(
   Returns:
     For each stack float32 `[G, S, N]`.
   """
-  wide = dot.beside(weights)
+  wide = operand_lib.beside(weights)
   if wide is None:
     return [grouped_dot(x, w, expert_GC, method) for w in weights]
   y_GSN = grouped_dot(x, wide, expert_GC, method)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qat.nn import attention
+from qat.nn import kv_cache
 from qat.quant import dot
 from qat.quant import rules as rules_lib
 from tests import jaxprs
@@ -255,7 +256,7 @@ def test_a_cache_continues_where_it_was_left(kv_heads, cuts):
   module, variables, x_BTD = layer(attention='blocked', n_kv_heads=kv_heads)
   expected, _ = module.apply(variables, x_BTD, np.arange(7))
   empty = jnp.zeros((2, 9, kv_heads, 8))  # Two positions more than needed.
-  cache, ys, start = attention.Cache(empty, empty), [], 0
+  cache, ys, start = kv_cache.Cache(empty, empty), [], 0
   step = jax.jit(module.apply)
   for cut in cuts:
     x_BtD = x_BTD[:, start : start + cut]

@@ -16,6 +16,7 @@ import pytest
 from qat import step as step_lib
 from qat.nn import experts
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules
 from tests import jaxprs
 from tests import tiny
@@ -106,8 +107,8 @@ def grouped(x_BTK, w_EKN, expert_GkM, dy_GkMN, spec, method, tile=4):
 
   def forward(x_BTK, w_EKN):
     pair = (
-      dot.make_input(x_BTK, spec),
-      dot.make_weight({'kernel': w_EKN}, spec),
+      operand_lib.make_input(x_BTK, spec),
+      operand_lib.make_weight({'kernel': w_EKN}, spec),
     )
     (y_GSN,) = experts.project([pair], layout, method)
     return experts.spread(y_GSN, layout)
@@ -179,7 +180,7 @@ def test_beyond_the_capacity_a_choice_gives_and_learns_nothing():
 
   @jax.jit
   def there_and_back(x_GMK):
-    x = experts.gather(dot.Operand(x_GMK, None), layout)
+    x = experts.gather(operand_lib.Operand(x_GMK, None), layout)
     return experts.spread(x.value, layout)
 
   y_GkMK, backward = jax.vjp(there_and_back, x_GMK)
@@ -204,7 +205,7 @@ def test_padding_is_zero_in_every_part():
 
   @jax.jit
   def parts(x_BTK):
-    x = experts.gather(dot.make_input(x_BTK, SPECS['int8']), layout)
+    x = experts.gather(operand_lib.make_input(x_BTK, SPECS['int8']), layout)
     return x.value, x.quantized
 
   for leaf in jax.tree.leaves(parts(normal(2, 7, 6) + 5)):
@@ -239,8 +240,8 @@ def test_several_weights_share_all_gathers():
 
   def gathers(weights):
     def forward(x_BTK, w_EKN):
-      x = dot.make_input(x_BTK, SPECS['int8'])
-      w = dot.make_weight({'kernel': w_EKN}, SPECS['int8'])
+      x = operand_lib.make_input(x_BTK, SPECS['int8'])
+      w = operand_lib.make_weight({'kernel': w_EKN}, SPECS['int8'])
       return experts.project([(x, w)] * weights, layout, FLOAT32)
 
     return jaxprs.count('gather', forward, x_BTK, w_EKN)

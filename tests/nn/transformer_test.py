@@ -12,7 +12,7 @@ import pytest
 from configs import common
 from configs import pquant
 from qat import sharding
-from qat.nn import attention
+from qat.nn import kv_cache
 from qat.nn import stacked
 from qat.nn import transformer
 from qat.quant import rules as rules_lib
@@ -88,7 +88,7 @@ def test_cached_decoding_is_the_full_forward_pass(method, n_layers):
   params = init(model)
   expected = logits(model, params, TOKENS_BT)
   empty = jnp.zeros((2, 8, 2, 16))
-  caches = [attention.Cache(empty, empty)] * n_layers
+  caches = [kv_cache.Cache(empty, empty)] * n_layers
   step = jax.jit(
     lambda tokens_BT, caches, start: model.apply(
       {'params': params}, tokens_BT, caches, start, method='logits'

@@ -7,6 +7,7 @@ import pytest
 
 from qat.infer import generate
 from qat.nn import attention
+from qat.nn import kv_cache
 from qat.nn import transformer
 from qat.quant import composed
 from qat.quant import qtensor
@@ -88,7 +89,7 @@ def test_the_cache_continues_learned_positions():
   variables = {'params': params}
   whole, _ = model.apply(variables, TOKENS, method='logits')
   shape = (2, 12, config.model.n_kv_heads, 16)
-  caches = [attention.Cache(jnp.zeros(shape), jnp.zeros(shape))]
+  caches = [kv_cache.Cache(jnp.zeros(shape), jnp.zeros(shape))]
   _, caches = model.apply(variables, TOKENS[:, :9], caches, method='logits')
   rest, _ = model.apply(variables, TOKENS[:, 9:], caches, 9, method='logits')
   np.testing.assert_allclose(rest, whole[:, 9:], rtol=1e-4, atol=1e-4)

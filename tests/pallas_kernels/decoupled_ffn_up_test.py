@@ -17,6 +17,7 @@ from pallas_kernels.decoupled_ffn_up import reference
 from pallas_kernels.decoupled_ffn_up import tpu
 from qat.quant import activations
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import weights
 from tests.pallas_kernels import forms
 
@@ -87,9 +88,9 @@ def test_it_is_what_the_layer_of_a_model_multiplies():
   tensors = [q(w) for q, w in zip(quantize, latent, strict=True)]
   q_x = activations.absmax(x, bits=8)
   method = dot.Method(int8=True, dtype='float32')
-  source = dot.Operand(x, q_x)
+  source = operand_lib.Operand(x, q_x)
   want = [
-    dot.quantized_dot(source, dot.Operand(w, q), method)
+    dot.quantized_dot(source, operand_lib.Operand(w, q), method)
     for w, q in zip(latent, tensors, strict=True)
   ]
   branches = []

@@ -13,6 +13,7 @@ from pallas_kernels.quantized_train_matmul import api
 from pallas_kernels.quantized_train_matmul import reference
 from pallas_kernels.quantized_train_matmul import tpu
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import qtensor
 from qat.quant import weights
 from tests.pallas_kernels import forms
@@ -57,9 +58,9 @@ def test_it_is_the_product_of_a_model(name):
   x, x_scale, w, _, _ = draw(0, 20, 300, 60)
   q_w = weights.binary(w)
   q_x = qtensor.QTensor(x, x_scale, 'int8')
-  source = dot.Operand(q_x.dequantize(), q_x)
+  source = operand_lib.Operand(q_x.dequantize(), q_x)
   method = dot.Method(int8=True, dtype='float32')
-  want = dot.quantized_dot(source, dot.Operand(w, q_w), method)
+  want = dot.quantized_dot(source, operand_lib.Operand(w, q_w), method)
   run = jax.jit(IMPLEMENTATIONS[name])
   y = run(x, x_scale, w, jnp.mean(w, keepdims=True), q_w.scale)
   np.testing.assert_allclose(y, want, rtol=1e-6)

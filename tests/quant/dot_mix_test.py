@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules
 from tests import products
 
@@ -23,8 +24,8 @@ def test_annealing_mixes_values_and_leaves_the_gradient(spec, mix):
   share = jnp.float32(mix)
 
   def apply(x_MK, w_KN):
-    x = dot.make_input(x_MK, spec, share)
-    weight = dot.make_weight({'kernel': w_KN}, spec, share)
+    x = operand_lib.make_input(x_MK, spec, share)
+    weight = operand_lib.make_weight({'kernel': w_KN}, spec, share)
     return dot.quantized_dot(x, weight, products.FLOAT32)
 
   def mixed(a, q):
@@ -50,7 +51,7 @@ def test_annealing_scales_the_gradient_of_a_learned_scale():
 
   def gradient(mix):
     def loss(layer):
-      return jnp.sum(jnp.sin(dot.make_weight(layer, spec, mix).value))
+      return jnp.sum(jnp.sin(operand_lib.make_weight(layer, spec, mix).value))
 
     return jax.grad(loss)(layer)
 

@@ -20,6 +20,7 @@ from qat.quant import activations
 from qat.quant import blocks
 from qat.quant import choice
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules
 from qat.quant import weights
 from tests import products
@@ -236,9 +237,9 @@ def test_readers_of_one_input_add_their_gradients():
   )
 
   def loss(shared, x):
-    inputs = [dot.make_input(x, products.BINARY)] * 2
+    inputs = [operand_lib.make_input(x, products.BINARY)] * 2
     if not shared:
-      inputs[1] = dot.make_input(x, products.BINARY)
+      inputs[1] = operand_lib.make_input(x, products.BINARY)
     return sum(
       jnp.sum(
         jnp.sin(
@@ -260,7 +261,9 @@ def test_quantization_has_no_other_gradient():
   # The scale depends on the input; straight through, that counts as constant.
   x_MK = products.normal(6, 8)
   zero = jax.grad(
-    lambda x: jnp.sum(dot.make_input(x, products.BINARY).quantized.dequantize())
+    lambda x: jnp.sum(
+      operand_lib.make_input(x, products.BINARY).quantized.dequantize()
+    )
   )(x_MK)
   np.testing.assert_array_equal(zero, 0)
 
@@ -322,8 +325,8 @@ def test_the_order_of_weight_codes_in_memory_changes_no_value():
 
   def product(row_major, w_KN):
     method = dot.Method(True, 'float32', row_major=row_major)
-    weight = dot.make_weight({'kernel': w_KN}, spec)
-    return dot.quantized_dot(dot.make_input(x_MK, spec), weight, method)
+    weight = operand_lib.make_weight({'kernel': w_KN}, spec)
+    return dot.quantized_dot(operand_lib.make_input(x_MK, spec), weight, method)
 
   np.testing.assert_array_equal(
     *(jax.jit(functools.partial(product, on))(w_KN) for on in (False, True))

@@ -9,6 +9,7 @@ import pytest
 
 from qat.quant import dot
 from qat.quant import grouped_dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules
 from tests import products
 
@@ -35,7 +36,7 @@ def multiply(x, w, spec, method):
   weight = products.make_weight(w, spec)
   expert_GC = jnp.asarray(EXPERT_GC)
   return grouped_dot.grouped_dot(
-    dot.make_input(x, spec), weight, expert_GC, method
+    operand_lib.make_input(x, spec), weight, expert_GC, method
   )
 
 
@@ -43,7 +44,7 @@ def one_by_one(x, w, spec, method):
   """Each matrix is quantized alone: a scale of a stack is one for each."""
   weights = [products.make_weight(w_KN, spec) for w_KN in w]
   y_CtN = [
-    dot.quantized_dot(dot.make_input(x_tK, spec), weights[e], method)
+    dot.quantized_dot(operand_lib.make_input(x_tK, spec), weights[e], method)
     for x_tK, e in zip(x.reshape(-1, TILE, INPUTS), EXPERT_GC.flat, strict=True)
   ]
   return jnp.stack(y_CtN).reshape(*x.shape[:2], -1)
@@ -69,7 +70,7 @@ def test_a_tile_is_a_product_with_its_matrix(spec, method):
 def test_stacks_side_by_side_are_products_with_each(spec, method):
   def forward(form, x, w, other):
     weights = [products.make_weight(a, spec) for a in (w, other)]
-    x, expert_GC = dot.make_input(x, spec), jnp.asarray(EXPERT_GC)
+    x, expert_GC = operand_lib.make_input(x, spec), jnp.asarray(EXPERT_GC)
     if form == 'together':
       return grouped_dot.grouped_dots(x, weights, expert_GC, method)
     return [grouped_dot.grouped_dot(x, w, expert_GC, method) for w in weights]
@@ -90,9 +91,9 @@ def test_stacks_side_by_side_are_products_with_each(spec, method):
 
 def test_stacks_of_several_kinds_are_not_joined():
   specs = SPECS[1], SPECS[2]
-  x = dot.make_input(X_GSK, specs[0])
+  x = operand_lib.make_input(X_GSK, specs[0])
   weights = [products.make_weight(W_EKN, spec) for spec in specs]
-  assert dot.beside(weights) is None
+  assert operand_lib.beside(weights) is None
   found = grouped_dot.grouped_dots(
     x, weights, jnp.asarray(EXPERT_GC), products.FLOAT32
   )
@@ -110,7 +111,10 @@ def test_the_backward_pass_keeps_codes_alone():
 
   @jax.jit
   def residuals(x, w):
-    pair = dot.make_input(x, spec), dot.make_weight({'kernel': w}, spec)
+    pair = (
+      operand_lib.make_input(x, spec),
+      operand_lib.make_weight({'kernel': w}, spec),
+    )
 
     def forward(*values):
       x, w = (

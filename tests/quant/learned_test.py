@@ -13,6 +13,7 @@ import pytest
 
 from qat.quant import dot
 from qat.quant import learned
+from qat.quant import operand as operand_lib
 from qat.quant import qtensor
 from qat.quant import rules
 from tests import slow_clipped
@@ -224,9 +225,11 @@ def test_the_dot_hands_its_gradient_to_the_quantizer(name, granularity):
   s = spec(name, granularity)
 
   def apply(made):
-    weight = dot.make_weight(made, s)
+    weight = operand_lib.make_weight(made, s)
     return dot.quantized_dot(
-      dot.make_input(jnp.asarray(x_MK), s), weight, dot.Method(False, 'float32')
+      operand_lib.make_input(jnp.asarray(x_MK), s),
+      weight,
+      dot.Method(False, 'float32'),
     )
 
   y, vjp = jax.vjp(apply, made)

@@ -23,6 +23,7 @@ import pytest
 
 from qat.nn import layers
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import rules
 
 torch = pytest.importorskip('torch')
@@ -132,8 +133,8 @@ def ours(x, w_KN, dy, spec, method):
   """y, dx and dw of this project."""
 
   def linear(x, w_KN):
-    weight = dot.make_weight({'kernel': w_KN}, SPECS[spec])
-    source = dot.make_input(x, SPECS[spec])
+    weight = operand_lib.make_weight({'kernel': w_KN}, SPECS[spec])
+    source = operand_lib.make_input(x, SPECS[spec])
     return dot.quantized_dot(source, weight, METHODS[method])
 
   y, vjp = jax.vjp(linear, jnp.asarray(x), jnp.asarray(w_KN))
@@ -233,7 +234,8 @@ def test_transformers_packed_layers(method, case):
   stored.weight.data, stored.weight_scale = codes_NK, scale
   codes_MK, _ = packed.activation_quant(torch.tensor(x))
   np.testing.assert_array_equal(
-    codes_MK, dot.make_input(jnp.asarray(x), SPECS['ternary']).quantized.codes
+    codes_MK,
+    operand_lib.make_input(jnp.asarray(x), SPECS['ternary']).quantized.codes,
   )
   for layer in (packed, stored):
     with torch.no_grad():
@@ -303,7 +305,9 @@ def test_a_layer_with_its_norm(which, case):
 def test_halves_are_rounded_to_even_by_all():
   # The largest is 127, so each number is its own code.
   x = np.float32([[0.5, 1.5, -2.5, 3.5, -0.5, 126.5, 127.0]])
-  codes = dot.make_input(jnp.asarray(x), SPECS['ternary']).quantized.codes
+  codes = operand_lib.make_input(
+    jnp.asarray(x), SPECS['ternary']
+  ).quantized.codes
   assert codes.tolist() == [[0, 2, -2, 4, 0, 126, 127]]
   np.testing.assert_array_equal(published_inputs(torch.tensor(x)), codes)
   np.testing.assert_array_equal(bitnet.ActQuant.apply(torch.tensor(x)), codes)

@@ -12,6 +12,7 @@ import pytest
 from qat.quant import activations
 from qat.quant import blocks
 from qat.quant import dot
+from qat.quant import operand as operand_lib
 from qat.quant import qtensor
 from qat.quant import rules
 from qat.quant import weights
@@ -216,8 +217,8 @@ def test_what_is_not_finite_reaches_the_output(name, granularity, bad):
   w_KN = normal(9, 5)
   w_KN[2, 1] = bad
   spec = rules.Spec(name, 'int8', granularity, group_size=3)
-  x = dot.make_input(jnp.asarray(normal(5, 9, seed=1)), spec)
-  weight = dot.make_weight({'kernel': jnp.asarray(w_KN)}, spec)
+  x = operand_lib.make_input(jnp.asarray(normal(5, 9, seed=1)), spec)
+  weight = operand_lib.make_weight({'kernel': jnp.asarray(w_KN)}, spec)
   reached = slice(None) if granularity == 'tensor' else slice(1, 2)
   for int8 in (False, True):
     y_MN = dot.quantized_dot(x, weight, dot.Method(int8, 'bfloat16'))
