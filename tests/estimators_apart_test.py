@@ -59,6 +59,7 @@ def by_path(tree):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scanned', [False, True])
 def test_quantizers_have_slopes_of_their_own(scanned):
   """Both are measured where the step began, along their own directions."""
