@@ -1,8 +1,11 @@
 """What is refused of a config's estimator, before anything is compiled."""
 
+from jax import numpy as jnp
 import pytest
 
 from qat import config as config_lib
+from qat import estimators
+from qat.quant import qtensor
 from tests import tiny
 
 SPSA = {
@@ -66,3 +69,10 @@ def test_what_cannot_be_run_is_told(fields, told):
   config = tiny.config('pquant', fields)
   with pytest.raises(config_lib.ConfigError, match=told):
     config_lib.check(config, devices=1)
+
+
+def test_what_nothing_would_train_is_told():
+  config = tiny.config('fp', {**SPSA, 'zo.perturbed': 'embed/embedding'})
+  codes = qtensor.QTensor(jnp.ones((2, 2), jnp.int8), jnp.ones((1, 1)), 'int8')
+  with pytest.raises(ValueError, match="zo.perturbed='embed/embedding'"):
+    estimators.split(config, {'embed': {'embedding': codes}})

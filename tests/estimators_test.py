@@ -343,10 +343,3 @@ def test_a_run_on_a_grid_begins_and_stays_on_it():
       on = (leaf / grid == np.round(leaf / grid)).all()
       assert on == bool('/q/' in path or '/v/' in path or 'norm' in path)
   assert bits(start.params) != bits(state.params)
-
-
-def test_what_nothing_would_train_is_told():
-  config = tiny.config('fp', {**IN_PLACE, 'zo.perturbed': 'embed/embedding'})
-  codes = qtensor.QTensor(jnp.ones((2, 2), jnp.int8), jnp.ones((1, 1)), 'int8')
-  with pytest.raises(ValueError, match="zo.perturbed='embed/embedding'"):
-    estimators.split(config, {'embed': {'embedding': codes}})
