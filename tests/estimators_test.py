@@ -10,7 +10,7 @@ import pytest
 from qat import estimators
 from qat import evaluate
 from qat import health
-from qat import objective as objective_lib
+from qat import objective
 from qat import step as step_lib
 from qat.nn import transformer
 from qat.quant import composed
@@ -85,9 +85,7 @@ def losses_beside(program, params, key, directions):
 
   @jax.jit
   def loss(params):
-    total, _ = objective_lib.loss_sum(
-      model, config, program.mesh, params, batch
-    )
+    total, _ = objective.loss_sum(model, config, program.mesh, params, batch)
     return total / batch['targets'].size
 
   found = []
@@ -185,7 +183,7 @@ def test_forward_mode_has_the_slope_of_the_gradient():
   batch = batch_on(program)
 
   def loss(params):
-    total, _ = objective_lib.loss_sum(
+    total, _ = objective.loss_sum(
       program.model, program.config, program.mesh, params, batch
     )
     return total / batch['targets'].size
