@@ -114,6 +114,7 @@ def test_quantizers_have_slopes_of_their_own(scanned):
     np.testing.assert_allclose(after[path], expected, atol=0.02 * moved + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('broken', [True, False])
 def test_nothing_moves_in_a_state_that_is_not_healthy(broken):
   """Nor where a loss is not finite."""

@@ -136,6 +136,7 @@ def test_a_step_in_place_is_the_rate_times_the_estimate(fields):
   assert metrics['train/lr'] == np.float32(1e-3) and 'healthy' in metrics
 
 
+@pytest.mark.slow
 def test_a_repeated_batch_is_learned_without_a_backward_pass():
   fields = {**SCANNED, 'zo.directions': 16, 'optim.peak_lr': 4e-3}
   program = program_of('integer', fields)

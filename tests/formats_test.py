@@ -142,6 +142,7 @@ def forward(method, mix, fields=None, params=None):
   return params, np.asarray(apply({'params': params}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['pquant4', 'lsq', 'paretoq'])
 def test_without_its_share_a_model_is_in_full_precision(method):
   full = {'weight': 'none', 'activation': 'none'}
@@ -161,6 +162,7 @@ def test_without_its_share_a_model_is_in_full_precision(method):
   assert np.abs(annealed - quantized).max() > 1e-2 * size
 
 
+@pytest.mark.slow
 def test_the_share_follows_the_schedule_and_is_logged():
   anneal = {'shape': 'linear', 'start_step': 2, 'steps': 2}
   fields = {f'quant.anneal.{key}': value for key, value in anneal.items()}

@@ -139,6 +139,7 @@ def test_a_method_without_data_needs_none(model, tmp_path, capsys):
   assert made['calibration'] is None and not made['evaluation']
 
 
+@pytest.mark.slow
 def test_a_latent_model_is_the_same_one(model, data, tmp_path):
   more = [
     *('--dataset', str(data), '--no-eval', '--config.method.epochs=1'),

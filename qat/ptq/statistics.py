@@ -6,6 +6,8 @@ import functools
 import jax
 from jax import numpy as jnp
 
+from qat.quant import blocks
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -75,7 +77,7 @@ def add(
   return Statistics(
     gram_KK,
     statistics.tokens + tokens,
-    jnp.maximum(statistics.absmax_K, jnp.max(jnp.abs(x_MK), 0)),
+    jnp.maximum(statistics.absmax_K, blocks.absmax(x_MK, 0)[0]),
     statistics.inputs_SK,
   )
 

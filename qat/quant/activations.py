@@ -92,17 +92,14 @@ def _by_granularity(quantize, x_MK, granularity, group_size):
 
 
 def _absmax(x, axes, most):
-  # An input without tokens has no largest entry: `initial`.
-  size = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-  size = jnp.maximum(size, 1e-5)
+  size = jnp.maximum(blocks.absmax(x, axes), 1e-5)
   codes = jnp.clip(jnp.round(x * (most / size)), -most - 1, most)
   return codes.astype(jnp.int8), size / most
 
 
 def _asymmetric(x, axes, bits):
   steps, low = 2**bits - 1, -(2 ** (bits - 1))
-  least = jnp.min(x, axes, keepdims=True, initial=0)
-  most = jnp.max(x, axes, keepdims=True, initial=0)
+  least, most = blocks.extent(x, axes)
   size = jnp.maximum(most - least, 1e-5)
   zero = low - jnp.round(least * (steps / size))
   codes = jnp.clip(jnp.round(x * (steps / size)) + zero, low, low + steps)

@@ -1,6 +1,10 @@
 """Which weights of a matrix share a scale, and a matrix seen block by block."""
 
+from collections.abc import Sequence
+
 import jax
+from jax import lax
+from jax import numpy as jnp
 
 # By granularity: the axes of `[..., G, K / G, N]` whose entries share a scale.
 # 'tensor' is one scale a matrix, 'channel' one for each output column, 'group'
@@ -63,3 +67,36 @@ def merge(w_GIN: jax.Array) -> jax.Array:
   """The matrix `[..., K, N]` of `split`; of scales, `[..., G, 1 or N]`."""
   *stack, groups, inputs, columns = w_GIN.shape
   return w_GIN.reshape(*stack, groups * inputs, columns)
+
+
+def absmax(x: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
+  """max |x| along `axes`, which stay with length 1; NaN where there is one.
+
+  XLA:CPU's maximum of several rows of floats may pass over a NaN. As integers
+  such numbers have the same order, and NaN comes last. It has no gradient.
+
+  Args:
+    x: float32.
+    axes: None: all; 0 of no entries.
+  """
+  size = jnp.abs(lax.stop_gradient(x))
+  bits = lax.bitcast_convert_type(size, jnp.int32)
+  most = jnp.max(bits, axes, keepdims=True, initial=0)
+  return lax.bitcast_convert_type(most, jnp.float32)
+
+
+def extent(
+  x: jax.Array, axes: int | Sequence[int] | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """min(x, 0) and max(x, 0) along `axes`; both NaN where there is one.
+
+  Args:
+    x: float32.
+    axes: as of `absmax`.
+  """
+  hidden = jnp.isnan(absmax(x, axes))
+  ends = (
+    reduce(x, axes, keepdims=True, initial=0) for reduce in (jnp.min, jnp.max)
+  )
+  least, most = (jnp.where(hidden, jnp.nan, end) for end in ends)
+  return least, most

@@ -12,6 +12,7 @@ import functools
 import jax
 from jax import numpy as jnp
 
+from qat.quant import blocks
 from qat.quant import composed
 from qat.quant import float16
 from qat.quant import qtensor
@@ -105,8 +106,7 @@ def extent(
   Returns:
     The least and the most, the axes kept with length 1.
   """
-  least = jnp.minimum(jnp.min(w_IN, axes, keepdims=True), 0)
-  most = jnp.maximum(jnp.max(w_IN, axes, keepdims=True), 0)
+  least, most = blocks.extent(w_IN, axes)
   if symmetric:
     most = jnp.maximum(most, -least)
     least = -most

@@ -144,7 +144,7 @@ def _quantize(levels: Levels, layer, granularity, group_size):
   u_GIN = jnp.clip(w_GIN / scale, levels.low, levels.high)
   codes_GIN = levels.encode(u_GIN).astype(jnp.int8)
   # A learned scale does not see the weights, and no code is a NaN.
-  finite = jnp.isfinite(jnp.max(jnp.abs(w_GIN), axes, keepdims=True))
+  finite = jnp.isfinite(blocks.absmax(w_GIN, axes))
   scale = jnp.where(finite, scale * levels.unit, jnp.nan)
   return qtensor.QTensor(
     blocks.merge(codes_GIN), blocks.merge(scale), levels.alphabet

@@ -117,8 +117,7 @@ def symmetric(
   """
   most = 2 ** (bits - 1) - 1
   w_GIN, axes = _split(w_KN, granularity, group_size)
-  absmax = jnp.max(jnp.abs(w_GIN), axes, keepdims=True)
-  scale = jnp.maximum(absmax / most, TINY)
+  scale = jnp.maximum(blocks.absmax(w_GIN, axes) / most, TINY)
   codes_GIN = jnp.clip(jnp.round(w_GIN / scale), -most, most)
   return _merge(codes_GIN, scale, f'int{bits}')
 
@@ -141,8 +140,7 @@ def asymmetric(
   """
   low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
   w_GIN, axes = _split(w_KN, granularity, group_size)
-  least = jnp.minimum(jnp.min(w_GIN, axes, keepdims=True), 0)
-  most = jnp.maximum(jnp.max(w_GIN, axes, keepdims=True), 0)
+  least, most = blocks.extent(w_GIN, axes)
   scale = jnp.maximum((most - least) / (high - low), TINY)
   zero = jnp.clip(jnp.round(low - least / scale), low, high)
   codes_GIN = jnp.clip(jnp.round(w_GIN / scale) + zero, low, high)
@@ -158,8 +156,7 @@ def float8(
   names FP8; that it is e4m3 and scaled so is a reconstruction).
   """
   w_GIN, axes = _split(w_KN, granularity, group_size)
-  absmax = jnp.max(jnp.abs(w_GIN), axes, keepdims=True)
-  scale = jnp.maximum(absmax / 448, TINY)
+  scale = jnp.maximum(blocks.absmax(w_GIN, axes) / 448, TINY)
   codes_GIN = jnp.clip(w_GIN / scale, -448, 448)
   return _merge(codes_GIN, scale, 'fp8', jnp.float8_e4m3fn)
 

@@ -7,6 +7,7 @@ from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
+from qat.quant import blocks
 from qat.zo import perturb
 
 
@@ -75,7 +76,7 @@ def snap(params: Any, pattern: str, resolution: float) -> Any:
         ' float32 parameters. Take those, or resolution=0.'
       )
     # Half of it is room to grow. NaN fails the comparison too.
-    if not (largest := float(jnp.max(jnp.abs(w)))) <= limit / 2:
+    if not (largest := float(blocks.absmax(w).squeeze())) <= limit / 2:
       raise ValueError(
         f'{name!r} has a value of {largest}, and sums are exact only below'
         f' {limit} with resolution={resolution}; take a coarser one, or leave'

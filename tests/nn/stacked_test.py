@@ -206,6 +206,7 @@ def test_one_block_is_traced_whatever_the_depth():
   assert products(2) == products(7) > 0
 
 
+@pytest.mark.slow
 def test_logs_name_layers_alike():
   found = {}
   for scan in (False, True):
@@ -246,6 +247,7 @@ def test_records_of_the_sensitivity_study_are_alike():
     close(*arrays)
 
 
+@pytest.mark.slow
 def test_generation_takes_the_other_form():
   model, params = build('bitnet', True), params_of('bitnet')
   tokens = batch('bitnet')['tokens'][:2]

@@ -94,6 +94,7 @@ def test_training_brings_the_output_nearer(config, params, quantize):
   assert errors[0] < 0.7 * errors[1]
 
 
+@pytest.mark.slow
 def test_transformations_are_trained_and_folded(config, params, quantize):
   trained = quantize(**SHORT | LET)
   losses = trained.notes['losses']

@@ -160,9 +160,10 @@ def test_a_token_of_zeros_stays_zero_and_finite():
   np.testing.assert_allclose(q.scale, 1e-5 / 127, rtol=1e-6)
 
 
+@pytest.mark.parametrize('width', [4, 1911])
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_in_its_token(bad):
-  x_MK = normal(3, 4)
+def test_what_is_not_finite_stays_in_its_token(bad, width):
+  x_MK = normal(3, width)
   x_MK[1, 2] = bad
   q = jax.jit(int8)(x_MK)
   finite = np.isfinite(q.dequantize())

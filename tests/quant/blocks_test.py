@@ -1,5 +1,6 @@
 """Blocks of a matrix: what stands together, and what is refused."""
 
+import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
@@ -39,3 +40,37 @@ def test_a_group_that_does_not_divide_the_inputs_is_refused(size):
 def test_an_unknown_granularity_is_refused():
   with pytest.raises(ValueError, match="'row'.*'tensor', 'channel', 'group'"):
     blocks.check('row', 1, 6)
+
+
+@pytest.mark.parametrize('axes', [None, 0, -1, (-2, -1)])
+@pytest.mark.parametrize('shape', [(3, 1911), (16, 512), (512, 256), (1, 7)])
+def test_the_largest_and_the_ends_are_those_of_numpy(shape, axes):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  most = np.max(np.abs(x), axes, keepdims=True)
+  np.testing.assert_array_equal(blocks.absmax(jnp.asarray(x), axes), most)
+  expected = np.minimum(x.min(axes, keepdims=True), 0)
+  found = jax.jit(blocks.extent, static_argnums=1)(x, axes)
+  np.testing.assert_array_equal(found[0], expected)
+  expected = np.maximum(x.max(axes, keepdims=True), 0)
+  np.testing.assert_array_equal(found[1], expected)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('axes', [None, 0, -1])
+@pytest.mark.parametrize('shape', [(3, 1911), (16, 512), (512, 256)])
+def test_what_is_not_finite_is_found_among_many(shape, axes, bad):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  x[2, 5] = bad
+  for wrap in (lambda f: f, jax.jit):
+    found = wrap(lambda x: blocks.absmax(x, axes))(x)
+    expected = np.max(np.abs(x), axes, keepdims=True)
+    np.testing.assert_array_equal(found, expected)
+    ends = wrap(lambda x: blocks.extent(x, axes))(x)
+    assert not all(np.isfinite(end).all() for end in ends)
+    if np.isnan(bad):
+      for end in ends:
+        np.testing.assert_array_equal(np.isnan(end), np.isnan(expected))
+
+
+def test_there_is_no_largest_of_nothing():
+  assert blocks.absmax(jnp.zeros((0, 3)), 0).tolist() == [[0, 0, 0]]

@@ -111,6 +111,7 @@ def levels(rng, bits: int, shape, parts: int) -> composed.Levels:
   return composed.Levels(codes, base, step, bits)
 
 
+@pytest.mark.slow
 @hypothesis.given(
   st.integers(1, 12),
   st.integers(1, 5),
