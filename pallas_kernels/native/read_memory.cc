@@ -18,7 +18,7 @@ ffi::Error ReadMemory(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> x,
   const int64_t chunks = 8 * std::max<int64_t>(pool.num_threads(), 1);
   const auto* words = reinterpret_cast<const uint32_t*>(x.typed_data());
   std::vector<uint32_t> sums(chunks);
-  ParallelFor(pool, chunks, [&](int64_t i) {
+  ParallelForAwake(pool, chunks, [&](int64_t i) {
     uint32_t sum = 0;
     const int64_t end = n * (i + 1) / chunks;
     for (int64_t k = n * i / chunks; k < end; ++k) sum += words[k];
