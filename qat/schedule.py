@@ -99,6 +99,9 @@ def parse(text: str) -> Schedule:
     branches += [(address + DELAY, r) for r in _BRANCH.findall(line)]
   if address is None:
     raise ValueError(f'No bundles in a text that begins {text[:60]!r}.')
+  # A core that has no share of the work leaves by a branch to the end, where no
+  # region starts: v5p's second, in a kernel that is not split between them.
+  branches = [(end, r) for end, r in branches if r in starts]
   loops = [(starts[r], end) for end, r in branches if starts[r] < end]
   skipped = [(end, starts[r]) for end, r in branches if starts[r] > end]
   step = max(loops, key=_length, default=(0, address + 1))

@@ -83,6 +83,12 @@ def test_a_loop_without_conditions_is_a_step():
   assert schedule.parse(program(2, ('loop', 30))).step == 35
 
 
+def test_a_branch_to_the_end_is_no_condition():
+  text = program(10, ('when', 20), 4)
+  leaves = '> { %15 = sbr.rel (%p2) target = $region4 }'
+  assert schedule.parse(text.replace('> {}', leaves, 1)) == schedule.parse(text)
+
+
 def test_another_text_is_refused():
   with pytest.raises(ValueError, match='No bundles'):
     schedule.parse('HloModule jit_f')
