@@ -27,5 +27,8 @@ def normed_codes(
   # A model's norm gives what it was given: a type of 16 bits rounds here.
   y_MD = y_MD.astype(x_MD.dtype).astype(jnp.float32)
   size_M1 = jnp.maximum(jnp.max(jnp.abs(y_MD), -1, keepdims=True), TINY)
+  # XLA:CPU's maximum of several rows may pass over a NaN; its sum does not.
+  sum_M1 = jnp.sum(y_MD, -1, keepdims=True)
+  size_M1 = jnp.where(jnp.isnan(sum_M1), jnp.nan, size_M1)
   codes_MD = jnp.clip(jnp.round(y_MD * (127 / size_M1)), -128, 127)
   return codes_MD.astype(jnp.int8), size_M1 / 127

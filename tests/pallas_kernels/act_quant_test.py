@@ -70,6 +70,18 @@ def test_the_reference_is_a_model_bit_for_bit():
 
 
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
+@pytest.mark.parametrize('rows', [1, 3, 33])
+def test_a_nan_shows_in_the_scales_it_reaches(name, rows):
+  x, gain = draw(0, rows, 192)
+  run = jax.jit(functools.partial(IMPLEMENTATIONS[name], eps=EPS, target=V5E))
+  _, scale = run(x.at[rows // 2, 5].set(jnp.nan), gain)
+  np.testing.assert_array_equal(
+    np.isnan(scale[:, 0]), np.arange(rows) == rows // 2
+  )
+  assert np.isnan(run(x, gain.at[7].set(jnp.nan))[1]).all()
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_halves_round_to_even_and_zeros_stay(name):
   # mean(x^2) = 1 for the first row: codes of 127 * x / 127 are x itself.
   x = np.zeros((2, 256), np.float32)
