@@ -103,7 +103,9 @@ setuptools.setup(
           *('int8_matmul', 'packed_matmul', 'read_memory'),
         )
       ],
-      depends=[f'{NATIVE}/parallel.h', f'{NATIVE}/variants.h'],
+      depends=[
+        f'{NATIVE}/{name}.h' for name in ('floats', 'parallel', 'variants')
+      ],
       language='c++',
       # Not `-march`: functions name the instructions they use. GCC warns of
       # its own intrinsics. `BuildNative` adds the folder of jaxlib's headers.

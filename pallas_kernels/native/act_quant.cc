@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "floats.h"
 #include "variants.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -19,13 +20,6 @@ namespace ffi = xla::ffi;
 
 namespace qat {
 namespace {
-
-// Into each of the functions that may use other instructions.
-#if defined(__GNUC__) || defined(__clang__)
-#define QAT_INLINE inline __attribute__((always_inline))
-#else
-#define QAT_INLINE inline
-#endif
 
 constexpr float kTiny = 1e-5f;  // As of reference.py.
 constexpr int64_t kSums = 64;   // Of squares, one after the other.
@@ -41,27 +35,12 @@ struct Problem {
   int64_t M, K;
 };
 
-QAT_INLINE uint32_t Bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-QAT_INLINE float Float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-QAT_INLINE float Load(float value) { return value; }
-QAT_INLINE float Load(uint16_t bits) { return Float(uint32_t(bits) << 16); }
-
 // Rounded to the type of x. What is not finite stays so.
 QAT_INLINE float Rounded(float value, float) { return value; }
 QAT_INLINE float Rounded(float value, uint16_t) {
   const uint32_t bits = Bits(value);
   const uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-  return Float((bits & 0x7fffffff) >= kInfinity ? bits : even);
+  return FromBits((bits & 0x7fffffff) >= kInfinity ? bits : even);
 }
 
 template <typename T>
@@ -70,16 +49,16 @@ QAT_INLINE void Norm(const T* x, const Problem& q) {
   int64_t k = 0;
   for (; k + kSums <= q.K; k += kSums) {
     for (int64_t i = 0; i < kSums; ++i) {
-      sums[i] += Load(x[k + i]) * Load(x[k + i]);
+      sums[i] += Float(x[k + i]) * Float(x[k + i]);
     }
   }
-  for (; k < q.K; ++k) sums[k % kSums] += Load(x[k]) * Load(x[k]);
+  for (; k < q.K; ++k) sums[k % kSums] += Float(x[k]) * Float(x[k]);
   for (int64_t n = kSums / 2; n > 0; n /= 2) {
     for (int64_t i = 0; i < n; ++i) sums[i] += sums[i + n];
   }
   const float inverse = 1 / std::sqrt(sums[0] / float(q.K) + q.eps);
   for (k = 0; k < q.K; ++k) {
-    q.y[k] = Rounded(Load(x[k]) * inverse * q.gain[k], T());
+    q.y[k] = Rounded(Float(x[k]) * inverse * q.gain[k], T());
   }
 }
 
@@ -88,10 +67,10 @@ QAT_INLINE void Codes(const T* y, int64_t K, int8_t* codes, float* scale) {
   // Floats that are not negative are ordered as their bits, NaN above infinity.
   int32_t most = 0;
   for (int64_t k = 0; k < K; ++k) {
-    const auto size = int32_t(Bits(Load(y[k])) & 0x7fffffff);
+    const auto size = int32_t(Bits(Float(y[k])) & 0x7fffffff);
     most = size > most ? size : most;
   }
-  float size = Float(uint32_t(most));
+  float size = FromBits(uint32_t(most));
   if (size < kTiny) size = kTiny;
   *scale = size * (1 / 127.0f);
   if (uint32_t(most) >= kInfinity) {
@@ -102,7 +81,7 @@ QAT_INLINE void Codes(const T* y, int64_t K, int8_t* codes, float* scale) {
   constexpr float kMagic = 3 << 22;
   const float factor = 127 / size;
   for (int64_t k = 0; k < K; ++k) {
-    codes[k] = int8_t(Bits(Load(y[k]) * factor + kMagic) - Bits(kMagic));
+    codes[k] = int8_t(Bits(Float(y[k]) * factor + kMagic) - Bits(kMagic));
   }
 }
 

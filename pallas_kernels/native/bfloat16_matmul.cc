@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "floats.h"
 #include "parallel.h"
 #include "variants.h"
 #include "xla/ffi/api/ffi.h"
@@ -29,13 +30,6 @@ struct Problem {
   float* y;  // [M, N].
   int64_t M, K, N, half;
 };
-
-inline float Float(uint16_t bits) {
-  const uint32_t word = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof(value));
-  return value;
-}
 
 void Portable(const Problem& q, int64_t n0, int64_t n1) {
   constexpr int kSums = 8;

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "floats.h"
 #include "parallel.h"
 #include "variants.h"
 #include "xla/ffi/api/ffi.h"
@@ -23,15 +24,6 @@ namespace qat {
 namespace {
 
 constexpr int64_t kLanes = 16;  // Numbers of a register.
-
-inline float Float(uint16_t bits) {
-  const uint32_t word = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof(value));
-  return value;
-}
-
-inline float Float(float value) { return value; }
 
 // Queries that share keys, and those keys and values.
 template <typename T>
