@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import html
 import math
+import time
 
 from rich import box
 from rich import console as rich_console
@@ -61,6 +62,18 @@ def duration(seconds: float) -> str:
   if minutes:
     return f'{minutes}m {total % 60:02}s'
   return f'{total}s'
+
+
+def left(start: float, done: int, total: int) -> str:
+  """The time left at the speed so far: '3m 05s left'.
+
+  Args:
+    start: `time.monotonic()` when it began.
+    done: how much is done, more than 0.
+    total: of how much.
+  """
+  seconds = (time.monotonic() - start) * (total - done) / done
+  return f'{duration(seconds)} left'
 
 
 # The final numbers: key of summary.json, what people call it, how it reads.

@@ -1,7 +1,9 @@
 """Perplexity and bits per byte on the validation split."""
 
 from collections.abc import Callable
+import contextlib
 import math
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -11,11 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from qat import display
 from qat import guard
 from qat import objective as objective_lib
 from qat import step as step_lib
 from qat.data import dataset as dataset_lib
 from qat.data import loader
+from qat.data import progress
 from qat.nn import transformer
 
 
@@ -60,6 +64,7 @@ def evaluate(
   dataset: dataset_lib.Dataset,
   mesh: Mesh,
   hurry: Callable[[], object] = lambda: False,
+  label: str = '',
 ) -> dict[str, float]:
   """Predicts every token of the validation split once.
 
@@ -70,6 +75,7 @@ def evaluate(
     dataset: the open data set.
     mesh: the mesh.
     hurry: asked between batches; true ends the evaluation without a result.
+    label: what the progress is called; '': none is shown.
 
   Returns:
     Nothing, in a hurry; else eval/loss (nats per token), eval/perplexity, and
@@ -77,8 +83,8 @@ def evaluate(
     over the bytes of the text they stand for.
   """
   token_bytes_V = jnp.asarray(dataset.token_bytes, jnp.float32)
-  sums = []
-  batches = loader.eval_batches(
+  sums, start = [], time.monotonic()
+  batches = loader.EvalBatches(
     dataset.path,
     seq_len=config.data.seq_len,
     batch_size=config.eval.batch_size,
@@ -86,14 +92,22 @@ def evaluate(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  with jax.set_mesh(mesh):
-    for batch in batches:
+  total = len(batches)
+  shown = (
+    progress.bar(label, total)
+    if label
+    else contextlib.nullcontext(lambda done, words: None)
+  )
+  with jax.set_mesh(mesh), shown as show:
+    for done, batch in enumerate(batches):
       if hurry():
         return {}
       sums.append(eval_step(params, put(batch, mesh), token_bytes_V))
-      if len(sums) > 1:  # Not far ahead of the device: `hurry` must be seen.
+      if done:  # Not far ahead of the device: `hurry` must be seen.
         with guard.time_limit('an evaluation', config.train.timeout_s):
           sums[-2].nats.block_until_ready()
+        left = display.left(start, done, total)
+        show(done, f'{done} of {total} batches, {left}')
   with guard.time_limit('the evaluation', config.train.timeout_s):
     # Added up in float64 on the host: float32 would lose small parts.
     nats, tokens, size = np.sum(

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 import numpy as np
 import tokenizers
 
+from qat import display
 from qat import sharding
-from qat import windows
 from qat.data import progress
 from qat.data import tokenizer as tokenizer_lib
 from qat.nn import transformer
@@ -213,7 +213,7 @@ def score(
         found[i] = Score(nats, bool(np.all(greedy_S[own])))
         at = own.stop
       done, scored = done + rows * length, scored + len(members)
-      left = windows.left(start, done, total)
+      left = display.left(start, done, total)
       show(done, f'{scored} of {len(requests)} requests, {left}')
   return found
 

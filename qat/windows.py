@@ -198,7 +198,8 @@ def measure(
       sums.append(eval_step(params, evaluate.put(batch, mesh), bytes_V))
       sums[-1].nats.block_until_ready()
       done = min(len(sums) * rows, count)
-      show(done, f'{done} of {count} windows, {left(start, done, count)}')
+      left = display.left(start, done, count)
+      show(done, f'{done} of {count} windows, {left}')
   nats, tokens, size = np.sum(np.array(jax.device_get(sums), np.float64), 0)
   loss = float(nats / tokens)
   return {
@@ -209,18 +210,6 @@ def measure(
     'tokens': int(tokens),
     'bytes': int(size),
   }
-
-
-def left(start: float, done: int, total: int) -> str:
-  """The time left at the speed so far: '3m 05s left'.
-
-  Args:
-    start: `time.monotonic()` when it began.
-    done: how much is done, more than 0.
-    total: of how much.
-  """
-  seconds = (time.monotonic() - start) * (total - done) / done
-  return f'{display.duration(seconds)} left'
 
 
 def materialize(model: transformer.Transformer, params: Any) -> Any:

@@ -134,7 +134,14 @@ def _on_dataset(options: argparse.Namespace, model: load.Loaded) -> Numbers:
   valid = dataset.manifest['splits']['valid']
   return {
     'dataset': str(dataset.path),
-    **evaluate.evaluate(eval_step, model.params, config, dataset, model.mesh),
+    **evaluate.evaluate(
+      eval_step,
+      model.params,
+      config,
+      dataset,
+      model.mesh,
+      label=dataset.path.name,
+    ),
     'baseline/gzip_bits_per_byte': valid['gzip_bits_per_byte'],
     'baseline/unigram_bits_per_byte': valid['unigram_bits_per_byte'],
   }

@@ -249,14 +249,14 @@ def _evaluate(
     model.params, NamedSharding(model.mesh, PartitionSpec())
   )
   params = windows.materialize(model.model, params)
-  with rich_console.Console(stderr=True).status(f'Evaluation {when}'):
-    return evaluate.evaluate(
-      evaluate.make_eval_step(config, model.model, model.mesh),
-      params,
-      config,
-      dataset,
-      model.mesh,
-    )
+  return evaluate.evaluate(
+    evaluate.make_eval_step(config, model.model, model.mesh),
+    params,
+    config,
+    dataset,
+    model.mesh,
+    label=f'evaluation {when}',
+  )
 
 
 def _plain(ptq: ConfigDict) -> dict[str, Any]:

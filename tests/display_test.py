@@ -102,3 +102,8 @@ def test_counts_have_three_digits(number, text):
 )
 def test_durations_have_two_units(seconds, text):
   assert display.duration(seconds) == text
+
+
+def test_time_left_follows_from_the_speed(monkeypatch):
+  monkeypatch.setattr(display.time, 'monotonic', lambda: 130.0)
+  assert display.left(100.0, 3, 12) == '1m 30s left'

@@ -47,7 +47,7 @@ def make(method, fields=None, devices=1):
 
 def valid_batches(config, dataset):
   return list(
-    loader.eval_batches(
+    loader.EvalBatches(
       dataset.path,
       seq_len=config.data.seq_len,
       batch_size=config.eval.batch_size,
@@ -144,6 +144,21 @@ def test_a_mesh_finds_what_one_device_finds(dataset, fields):
   for key, value in expected.items():
     # A code on the edge may round to its other side, see step_test.
     np.testing.assert_allclose(found[key], value, rtol=1e-4, err_msg=key)
+
+
+def test_the_progress_tells_the_time_left(dataset, capsys, monkeypatch):
+  config, mesh, _, params, eval_step = make('fp', {'eval.batches': 3})
+  monkeypatch.setattr(evaluate.progress, 'LINE_EVERY_S', 0.0)
+  expected = evaluate.evaluate(eval_step, params, config, dataset, mesh)
+  assert not capsys.readouterr().err
+  found = evaluate.evaluate(
+    eval_step, params, config, dataset, mesh, label='held-out'
+  )
+  assert found == expected
+  first, second, _ = capsys.readouterr().err.splitlines()
+  assert first.startswith('held-out:  33%, 1 of 3 batches, ')
+  assert second.startswith('held-out:  67%, 2 of 3 batches, ')
+  assert second.endswith(' left')
 
 
 def test_a_hopeless_model_has_a_finite_perplexity(dataset):

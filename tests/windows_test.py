@@ -99,11 +99,6 @@ def test_the_progress_tells_the_time_left(made, capsys, monkeypatch):
   assert '5 of 5 windows, 0s left' in lines[2]
 
 
-def test_time_left_follows_from_the_speed(monkeypatch):
-  monkeypatch.setattr(windows.time, 'monotonic', lambda: 130.0)
-  assert windows.left(100.0, 3, 12) == '1m 30s left'
-
-
 @pytest.mark.parametrize(
   ('changes', 'expected'),
   [

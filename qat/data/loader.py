@@ -8,6 +8,7 @@ position, and threads, workers and processes do not change the data.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import multiprocessing
 import os
 import signal
@@ -212,48 +213,60 @@ def calibration_batch(
     return next(loader)['tokens']
 
 
-def eval_batches(
-  dataset: str | os.PathLike[str],
-  *,
-  seq_len: int,
-  batch_size: int,
-  batches: int,
-  process_index: int,
-  process_count: int,
-) -> Iterator[Batch]:
+class EvalBatches(Sequence[Batch]):
   """The validation split in order, each token predicted exactly once.
 
-  Args:
-    dataset: folder of a prepared data set.
-    seq_len: T, tokens of a row.
-    batch_size: B, rows of a global batch.
-    batches: at most so many; 0: all.
-    process_index: this process, of those that share a global batch.
-    process_count: how many they are; divides `batch_size`. All get equally
-      many batches.
-
-  Returns:
-    An iterator over {'tokens', 'targets': int32 [B / process_count, T],
-    'weights': float32, 1 where a target counts and 0 on padding}.
-
-  Raises:
-    FileNotFoundError: no data set is there.
-    ValueError: the arguments do not fit one another.
+  A batch, of the rows of this process: {'tokens', 'targets': int32 `[B /
+  process_count, T]`, 'weights': float32, 1 where a target counts and 0 on
+  padding}. They are read when they are asked for.
   """
-  rows = position.local_rows(batch_size, seq_len, process_index, process_count)
-  if batches < 0:
-    raise ValueError(f'batches {batches} is negative; 0 means all.')
-  opened = dataset_lib.open_dataset(dataset)
-  stream = dataset_lib.Stream(opened, 'valid')
-  total = -(-(len(stream) - 1) // (seq_len * batch_size))
-  count = min(total, batches) if batches else total
 
-  def generate() -> Iterator[Batch]:
-    for n in range(count):
-      first = n * batch_size + process_index * rows
-      yield _eval_batch(stream, first, rows, seq_len, opened.eot_id)
+  def __init__(
+    self,
+    dataset: str | os.PathLike[str],
+    *,
+    seq_len: int,
+    batch_size: int,
+    batches: int,
+    process_index: int,
+    process_count: int,
+  ):
+    """Opens the split.
 
-  return generate()
+    Args:
+      dataset: folder of a prepared data set.
+      seq_len: T, tokens of a row.
+      batch_size: B, rows of a global batch.
+      batches: at most so many; 0: all.
+      process_index: this process, of those that share a global batch.
+      process_count: how many they are; divides `batch_size`. All get equally
+        many batches.
+
+    Raises:
+      FileNotFoundError: no data set is there.
+      ValueError: the arguments do not fit one another.
+    """
+    self._rows = position.local_rows(
+      batch_size, seq_len, process_index, process_count
+    )
+    if batches < 0:
+      raise ValueError(f'batches {batches} is negative; 0 means all.')
+    opened = dataset_lib.open_dataset(dataset)
+    self._stream = dataset_lib.Stream(opened, 'valid')
+    self._pad, self._seq_len = opened.eot_id, seq_len
+    total = -(-(len(self._stream) - 1) // (seq_len * batch_size))
+    count = min(total, batches) if batches else total
+    first = process_index * self._rows
+    self._first_rows = range(first, first + count * batch_size, batch_size)
+
+  def __len__(self) -> int:
+    return len(self._first_rows)
+
+  def __getitem__(self, index: int) -> Batch:
+    first = self._first_rows[index]
+    return _eval_batch(
+      self._stream, first, self._rows, self._seq_len, self._pad
+    )
 
 
 def _eval_batch(

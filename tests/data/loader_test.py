@@ -267,7 +267,7 @@ def test_evaluation_predicts_each_token_once_in_order(
 ) -> None:
   parts = [
     list(
-      loader_lib.eval_batches(
+      loader_lib.EvalBatches(
         prepared,
         seq_len=seq_len,
         batch_size=4,
@@ -294,7 +294,7 @@ def test_evaluation_predicts_each_token_once_in_order(
 def test_evaluation_can_be_cut(prepared: pathlib.Path) -> None:
   def batches(n: int) -> list[loader_lib.Batch]:
     return list(
-      loader_lib.eval_batches(
+      loader_lib.EvalBatches(
         prepared,
         seq_len=10,
         batch_size=2,
