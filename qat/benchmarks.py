@@ -8,13 +8,11 @@ import os
 import pathlib
 import platform
 import subprocess
-import sys
 from typing import Any
 from typing import NamedTuple
 
 import jax
 from matplotlib import figure
-from rich import console as rich_console
 from rich import table as rich_table
 
 from qat import display
@@ -47,11 +45,6 @@ def commit() -> str:
   return found.stdout.strip() or 'unknown'
 
 
-def console() -> rich_console.Console:
-  """Wide enough for a table where nobody says how wide it may be."""
-  return rich_console.Console(width=None if sys.stdout.isatty() else 110)
-
-
 def show(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Prints rows of the same keys as a table.
 
@@ -66,7 +59,7 @@ def show(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     table.add_column(name, justify='right', no_wrap=True)
   for row in rows:
     table.add_row(*map(_cell, row.values()))
-  console().print(table)
+  display.console().print(table)
   return {'machine': machine(), 'commit': commit(), 'rows': list(rows)}
 
 

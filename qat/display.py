@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import html
 import math
+import os
 import time
 
 from rich import box
@@ -35,6 +36,18 @@ def printable(text: str) -> str:
 def as_html(text: str) -> str:
   """HTML, in an element or an attribute, that shows `text` as it is."""
   return html.escape(printable(text))
+
+
+def console(stderr: bool = False) -> rich_console.Console:
+  """Of the standard output; wide enough for tables where nothing says how wide.
+
+  Args:
+    stderr: of the standard error.
+  """
+  made = rich_console.Console(stderr=stderr)
+  if not made.is_terminal and 'COLUMNS' not in os.environ:
+    made.width = 110
+  return made
 
 
 def count(number: float) -> str:

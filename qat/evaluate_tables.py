@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich import console as rich_console
 from rich import table as rich_table
+
+from qat import display
 
 Numbers = dict[str, Any]  # By name; JSON.
 
 
 def show(found: Numbers) -> None:
   """Prints what scripts/evaluate.py found."""
-  console = rich_console.Console()
+  console = display.console()
   title = found.get('model')
   if title is None:
     title = f'{found["workdir"]}, step {found["step"]}'

@@ -140,7 +140,7 @@ def _plain(args: argparse.Namespace) -> Variant:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
   """Times the training steps; returns and prints what was measured."""
-  console = benchmarks.console()
+  console = display.console()
   variants = []
   for name in args.methods.split(','):
     with console.status(f'Compiling {name}'):

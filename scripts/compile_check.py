@@ -52,6 +52,7 @@ from rich import console as rich_console
 from configs import common
 from pallas_kernels import cases
 from qat import config_file
+from qat import display
 from qat import probe
 from qat import probe_tables
 from qat import step_probe
@@ -82,7 +83,7 @@ NOTE = (
 def main(arguments: Sequence[str]) -> int:
   """Runs the command line; returns the exit status."""
   options, fields = _parser().parse_known_args(arguments)
-  console = rich_console.Console(stderr=options.json)
+  console = display.console(stderr=options.json)
   try:
     chosen = [targets.parse(name) for name in options.target.split(',')]
     if options.what == 'kernels':

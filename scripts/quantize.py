@@ -44,7 +44,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
-from rich import console as rich_console
 
 from qat import config as config_lib
 from qat import config_file
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
   except KeyboardInterrupt:
     progress.note('Stopped; the same command goes on from what is finished.')
     return 130
-  report.table(rich_console.Console(), made)
+  report.table(display.console(), made)
   progress.note(f'Model: {options.out}; report: {options.out / "report.html"}')
   return 0
 

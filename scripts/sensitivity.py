@@ -25,7 +25,6 @@ import json
 import pathlib
 import sys
 
-from rich import console as rich_console
 from rich import table as rich_table
 from rich import text as rich_text
 
@@ -101,7 +100,7 @@ def _show(made: sensitivity_study.Study) -> None:
         cells += ['-', '-']
     names = (rich_text.Text(display.printable(name)) for name in (label, layer))
     table.add_row(*names, *cells)
-  rich_console.Console().print(table)
+  display.console().print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

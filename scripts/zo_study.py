@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich import console as rich_console
 from rich import table as rich_table
 from rich import text as rich_text
 
@@ -159,7 +158,7 @@ def _show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table.add_column(head, justify='right' if i else 'left', overflow='fold')
   for row in rows:
     table.add_row(*(rich_text.Text(display.printable(cell)) for cell in row))
-  rich_console.Console().print(table)
+  display.console().print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -107,3 +107,11 @@ def test_durations_have_two_units(seconds, text):
 def test_time_left_follows_from_the_speed(monkeypatch):
   monkeypatch.setattr(display.time, 'monotonic', lambda: 130.0)
   assert display.left(100.0, 3, 12) == '1m 30s left'
+
+
+def test_a_log_is_as_wide_as_tables_need_and_columns_are_obeyed(monkeypatch):
+  monkeypatch.delenv('COLUMNS', raising=False)
+  assert display.console().width == 110
+  assert display.console(stderr=True).stderr
+  monkeypatch.setenv('COLUMNS', '70')
+  assert display.console().width == 70
