@@ -92,6 +92,7 @@ def _config(module, changes: dict, args: argparse.Namespace):
     config.data.seq_len = args.seq_len
   config.data.batch_size = args.batch
   config.optim.accumulate = args.accumulate
+  config.model.dot_dtype = args.dot_dtype
   config.train.steps = 10_000
   config.update_from_flattened_dict(changes)
   return config.lock()
@@ -290,14 +291,13 @@ def main(argv: list[str]) -> int:
   command = commands.add_parser(
     'train', formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
+  every = ','.join([PLAIN, *METHODS])
+  command.add_argument('--methods', default=every, help='what to compare')
   command.add_argument(
-    '--methods',
-    default=','.join([PLAIN, *METHODS]),
-    help='what to compare',
+    '--base', help='ratios are against this method; without it, the first'
   )
   command.add_argument(
-    '--base',
-    help='ratios are against this method; without it, the first',
+    '--dot-dtype', default='bfloat16', help='of products: bfloat16 or float32'
   )
   command.add_argument(
     '--size',
