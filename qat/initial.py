@@ -117,6 +117,8 @@ def find(
   initial_checks.check_rules(config, source)
   params, again = parameters(config, source)
   initial_checks.check_latent(config, params)
+  step = source.source.get('step')
+  del source  # Its arrays go as they are stacked.
   if config.model.scan_layers:
     try:
       params = stacked.stacked(params)
@@ -128,7 +130,6 @@ def find(
   described = carried.describe(params)
   if described:
     initial_checks.check_frozen(config, described)
-  step = source.source.get('step')
   at = '' if step is None else f', step {step}'
   words = f'Starting with the parameters of {config.init.model}{at}.'
   if again:
@@ -141,7 +142,10 @@ def find(
 
 
 def place(start: Start, abstract: Any) -> Any | None:
-  """Puts the parameters on the devices.
+  """Puts the parameters on the devices, and takes them out of `start`.
+
+  Each is copied and then given up, so that there is room for the model once:
+  what lies on devices is theirs, and a state can be made in its place.
 
   Args:
     start: from `find`.
@@ -155,11 +159,20 @@ def place(start: Start, abstract: Any) -> Any | None:
     return None
 
   def one(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(
-      like.shape, like.sharding, lambda index: np.asarray(leaf[index])
+    # On a CPU the array may be the leaf itself, which is not the device's.
+    return copy(
+      jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: np.asarray(leaf[index])
+      )
     )
 
-  return jax.tree.map(one, start.params, abstract.params)
+  def moved(tree: Any, like: Any) -> Any:
+    if isinstance(tree, dict):
+      return {name: moved(tree.pop(name), like[name]) for name in [*tree]}
+    return jax.tree.map(one, tree, like)
+
+  copy = jax.jit(jnp.copy)
+  return moved(start.params, abstract.params)
 
 
 def parameters(

@@ -1,5 +1,6 @@
 """What has to be right before jax is imported."""
 
+import ctypes
 import os
 import pathlib
 import platform
@@ -40,3 +41,13 @@ def tune_malloc() -> None:
     return
   os.environ['GLIBC_TUNABLES'] = MALLOC
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def trim() -> None:
+  """Gives memory that was freed back to the system, which `MALLOC` keeps.
+
+  For after a start that took memory in other pieces than what follows. Does
+  nothing without glibc.
+  """
+  if platform.libc_ver()[0] == 'glibc':
+    ctypes.CDLL(None).malloc_trim(0)

@@ -20,6 +20,7 @@ from qat import flops
 from qat import guard
 from qat import health
 from qat import initial
+from qat import launch
 from qat import lock
 from qat import metrics
 from qat import objective as objective_lib
@@ -75,6 +76,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       loader = enter(contextlib.closing(_open_loader(config, dataset, parts)))
       # Another model is read by this process alone, before there is a mesh.
       start = initial.find(config, workdir, dataset)
+      launch.trim()
       mesh = sharding.make_mesh(config.mesh)
       enter(jax.set_mesh(mesh))
       with guard.time_limit('compiling', config.train.timeout_s):
@@ -102,6 +104,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       first, seconds_before = 0, 0.0
       state = program.init(initial.place(start, program.abstract))
       start = start._replace(params=None)  # Nothing but the state has them.
+      launch.trim()
     else:
       first, state = restored.step, restored.state
       loader.restore(restored.extra['data'])

@@ -159,8 +159,10 @@ def test_another_models_matrices_are_refused():
 
 def test_layers_are_stacked_where_they_are_of_one_form():
   params = tree('MixedBits')
-  made = stacked.stacked(params)
+  given = jax.tree.map(lambda leaf: leaf, params)
+  made = stacked.stacked(given)
   assert states.same(stacked.unstacked(made), params)
+  assert 'block_0' not in given  # Taken out.
   other = params | {'block_1': tree('QTensor')['block_1']}
   with pytest.raises(ValueError, match="block_0.'attn'..'q'..'kernel'"):
     stacked.stacked(other)
@@ -248,7 +250,7 @@ def test_what_a_run_says_of_them():
   found = finish.bits_per_weight(params, model.rules)
   assert found == pytest.approx(expected / (14 * size))
   assert finish.bits_per_weight(
-    stacked.stacked(params), model.rules
+    stacked.stacked(tree('QTensor')), model.rules
   ) == pytest.approx(found)
   assert flops.train_flops_per_token(
     config, params

@@ -101,3 +101,33 @@ def test_factorizations_get_one_thread_unless_it_is_set(monkeypatch):
   monkeypatch.setenv('OPENBLAS_NUM_THREADS', '3')
   launch.one_blas_thread()
   assert os.environ['OPENBLAS_NUM_THREADS'] == '3'
+
+
+KEEPS = """
+import numpy as np
+from qat import launch
+
+def resident():
+  return int(open('/proc/self/statm').read().split()[1]) // 256  # MiB
+
+pieces = [np.ones(1 << 17) for _ in range(200)]  # 1 MiB each
+last = np.ones(1 << 17)  # Behind it nothing can be given back otherwise.
+before = resident()
+del pieces
+kept = resident()
+launch.trim()
+print(before - kept, kept - resident())
+"""
+
+
+@glibc
+def test_freed_memory_is_given_back(tmp_path):
+  found = subprocess.run(
+    [sys.executable, '-c', KEEPS],
+    env=os.environ | {'GLIBC_TUNABLES': launch.MALLOC, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  at_once, then = map(int, found.stdout.split())
+  assert at_once < 20 and then > 180

@@ -46,11 +46,13 @@ def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
-def stacked(tree: Mapping[str, Any]) -> dict[str, Any]:
+def stacked(tree: dict[str, Any]) -> dict[str, Any]:
   """Inverts `unstacked`, on the host; a tree without 'block_0' as it is.
 
   Args:
-    tree: parameters by layer; quantized matrices may be among them.
+    tree: parameters by layer; quantized matrices may be among them. Its blocks
+      are taken out and emptied array by array, so that a host need not have
+      room for a model twice.
 
   Returns:
     'blocks', of NumPy arrays, in the place of 'block_0', ...
@@ -71,9 +73,16 @@ def stacked(tree: Mapping[str, Any]) -> dict[str, Any]:
           f'{names[0]}{path} and {name}{path} are not of one form:'
           f' {first.get(path)} and {kinds.get(path)}.'
         )
-  return made | {
-    BLOCKS: jax.tree.map(lambda *a: np.stack(a), *(tree[n] for n in names))
-  }
+  return made | {BLOCKS: _stack([tree.pop(name) for name in names])}
+
+
+def _stack(layers: list[Any]) -> Any:
+  if isinstance(layers[0], dict):
+    return {
+      name: _stack([layer.pop(name) for layer in layers])
+      for name in [*layers[0]]
+    }
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
 
 def _kinds(tree: Any) -> dict[str, str]:
