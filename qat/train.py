@@ -132,6 +132,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       found = evaluate.evaluate(
         eval_step, state.params, config, dataset, mesh, hurry
       )
+      launch.trim()
       return found and found | evaluate_task(state.params, 'dev', hurry)
 
     if restored is None and start.words:
