@@ -152,7 +152,9 @@ def advance(block: OneBlock, params: Mapping, x_BTD: jax.Array) -> jax.Array:
   return block.apply({'params': {'block_0': params}}, x_BTD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(
+  jax.jit, static_argnums=(0, 1), static_argnames='onward', donate_argnums=3
+)
 def observe(
   block: OneBlock,
   names: tuple[str, ...],
@@ -161,23 +163,27 @@ def observe(
   x_BTD: jax.Array,
   weights_BT: jax.Array,
   rows_BR: jax.Array | None,
-) -> tuple[dict[str, Statistics], dict[str, jax.Array]]:
+  *,
+  onward: bool = False,
+) -> tuple[dict[str, Statistics], dict[str, jax.Array], jax.Array | None]:
   """Adds a batch to the statistics of what some layers of a block read.
 
   Args:
     block: from `one_block`.
     names: the layers, such as ('attn/q', 'attn/o'); what comes after the last
-      of them in the block is not computed.
+      of them in the block is not computed, unless it is to go `onward`.
     params: of any block of the model.
     sums: name -> statistics as yet; donated.
     x_BTD: what the block reads.
     weights_BT: 1 where a token is, 0 on padding.
     rows_BR: positions of the tokens whose inputs are returned; None: none.
+    onward: whether what the block passes on is wanted.
 
   Returns:
-    The statistics, and name -> inputs `[B, R, K]`, float32.
+    The statistics; name -> inputs `[B, R, K]`, float32; and what the block
+    passes on.
   """
-  _, sown = block.apply(
+  y_BTD, sown = block.apply(
     {'params': {'block_0': params}}, x_BTD, mutable=['inputs']
   )
   added, rows = {}, {}
@@ -189,7 +195,7 @@ def observe(
     if rows_BR is not None:
       kept = jnp.take_along_axis(x_BTK, rows_BR[..., None], axis=1)
       rows[name] = kept.astype(jnp.float32)
-  return added, rows
+  return added, rows, y_BTD if onward else None
 
 
 class Calibration:
@@ -241,6 +247,7 @@ class Calibration:
     names: Sequence[str],
     path: str,
     gram: bool = True,
+    onward: bool = False,
   ) -> dict[str, Statistics]:
     """What some layers of a block read, over all sequences.
 
@@ -249,6 +256,8 @@ class Calibration:
       names: its layers; see `observe`.
       path: of the block, for errors.
       gram: whether Gram matrices are wanted; they come as NumPy arrays.
+      onward: also moves on to what this block passes on, as `advance` does, for
+        less: attention is computed once for both.
 
     Raises:
       ValueError: an input of a layer is not finite.
@@ -258,12 +267,16 @@ class Calibration:
       for name in names
     }
     rows: dict[str, list] = {name: [] for name in names}
-    for x_BTD, weights_BT, rows_BR in zip(
-      self._states, self._weights, self._rows, strict=True
+    for i, (weights_BT, rows_BR) in enumerate(
+      zip(self._weights, self._rows, strict=True)
     ):
-      sums, kept = observe(
-        self.block, tuple(names), params, sums, x_BTD, weights_BT, rows_BR
+      x_BTD = self._states[i]
+      sums, kept, y_BTD = observe(
+        *(self.block, tuple(names), params, sums, x_BTD, weights_BT, rows_BR),
+        onward=onward,
       )
+      if onward:
+        self._states[i] = np.asarray(y_BTD)
       for name, x_BRK in kept.items():
         rows[name].append(x_BRK.reshape(-1, x_BRK.shape[-1]))
     for name in names:  # In their order, which a dict loses under `jit`.

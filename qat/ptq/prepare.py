@@ -39,7 +39,10 @@ def _new_scales(
   found, notes = {}, {}
   for block in job.blocks:
     params = job.block(block)
-    statistics = calibration.statistics(params, firsts, block, gram=False)
+    onward = block != job.blocks[-1]
+    statistics = calibration.statistics(
+      params, firsts, block, gram=False, onward=onward
+    )
     for group, first in zip(normed, firsts, strict=True):
       kernels = [calibrate.kernel(params, name) for name in group.layers]
       scale_K, note = job.plan.scales(statistics[first].absmax_K, kernels)
@@ -54,8 +57,6 @@ def _new_scales(
       if note is not None:
         notes[path] = note
     job.step(f'scales, {block}')
-    if block != job.blocks[-1]:
-      calibration.advance(params)
   return found, notes
 
 

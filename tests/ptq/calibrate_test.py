@@ -36,16 +36,18 @@ def calibration(config, params, rows=0):
   return model, made
 
 
+@pytest.mark.parametrize('onward', [False, True])
 @pytest.mark.parametrize('fields', [{}, OPT], ids=['llama', 'opt'])
-def test_statistics_are_those_of_one_pass_over_all_blocks(fields):
+def test_statistics_are_those_of_one_pass_over_all_blocks(fields, onward):
   config = clean.config(**fields)
   params = clean.params(config)
   model, made = calibration(config, params, rows=9)
   compiled = calibrate.advance._cache_size(), calibrate.observe._cache_size()
   names = [group.layers[0] for group in calibrate.groups(model.config)]
   for block in ('block_0', 'block_1'):
-    found = made.statistics(params[block], names, block)
-    made.advance(params[block])
+    found = made.statistics(params[block], names, block, onward=onward)
+    if not onward:
+      made.advance(params[block])
     assert list(found) and set(found) == set(names)
     for name, statistics in found.items():
       x_MK = clean.inputs(config, params, f'{block}/{name}')
