@@ -56,7 +56,7 @@ def size(leaves):
   ('method', 'scan'),
   [
     ('fp', False),
-    ('bitnet', True),
+    pytest.param('bitnet', True, marks=pytest.mark.slow),
     pytest.param('pquant4', True, marks=pytest.mark.slow),
   ],
 )

@@ -139,7 +139,7 @@ def test_both_forms_have_the_same_parameters(method):
     ('fp', 'none'),
     ('bitnet', 'dots'),
     ('pquant', 'block'),
-    ('pquant4', 'none'),
+    pytest.param('pquant4', 'none', marks=pytest.mark.slow),
     pytest.param('pquant4', 'block', marks=pytest.mark.slow),
     pytest.param('pquant4', 'dots', marks=pytest.mark.slow),
   ],

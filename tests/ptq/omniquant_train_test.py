@@ -115,7 +115,10 @@ def test_transformations_are_trained_and_folded(config, params, quantize):
 
 @pytest.mark.parametrize(
   'fields',
-  [SHORT | LET, SHORT | {'method__epochs': 0, 'layers': 'block_1/.*'}],
+  [
+    pytest.param(SHORT | LET, marks=pytest.mark.slow),
+    SHORT | {'method__epochs': 0, 'layers': 'block_1/.*'},
+  ],
   ids=['trained', 'not trained'],
 )
 def test_a_latent_result_is_the_same_model_and_can_be_trained_on(
