@@ -108,11 +108,11 @@ def evaluate(
           sums[-2].nats.block_until_ready()
         left = display.left(start, done, total)
         show(done, f'{done} of {total} batches, {left}')
-  with guard.time_limit('the evaluation', config.train.timeout_s):
-    # Added up in float64 on the host: float32 would lose small parts.
-    nats, tokens, size = np.sum(
-      np.array(jax.device_get(sums), np.float64), axis=0
-    )
+    with guard.time_limit('the evaluation', config.train.timeout_s):
+      found = np.array(jax.device_get(sums), np.float64)
+    show(total, f'{total} of {total} batches')
+  # Added up in float64 on the host: float32 would lose small parts.
+  nats, tokens, size = np.sum(found, axis=0)
   loss = float(nats / tokens)
   return {
     'eval/loss': loss,

@@ -155,10 +155,12 @@ def test_the_progress_tells_the_time_left(dataset, capsys, monkeypatch):
     eval_step, params, config, dataset, mesh, label='held-out'
   )
   assert found == expected
-  first, second, _ = capsys.readouterr().err.splitlines()
+  first, second, third, last = capsys.readouterr().err.splitlines()
   assert first.startswith('held-out:  33%, 1 of 3 batches, ')
   assert second.startswith('held-out:  67%, 2 of 3 batches, ')
   assert second.endswith(' left')
+  assert third == 'held-out: 100%, 3 of 3 batches'
+  assert last.startswith(third)
 
 
 def test_a_hopeless_model_has_a_finite_perplexity(dataset):
