@@ -158,6 +158,8 @@ def place(start: Start, abstract: Any) -> Any | None:
   if start.params is None:
     return None
 
+  copy = jax.jit(jnp.copy)
+
   def one(leaf: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     # On a CPU the array may be the leaf itself, which is not the device's.
     return copy(
@@ -171,7 +173,6 @@ def place(start: Start, abstract: Any) -> Any | None:
       return {name: moved(tree.pop(name), like[name]) for name in [*tree]}
     return jax.tree.map(one, tree, like)
 
-  copy = jax.jit(jnp.copy)
   return moved(start.params, abstract.params)
 
 

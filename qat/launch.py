@@ -1,4 +1,4 @@
-"""What has to be right before jax is imported."""
+"""The process of a program: what has to be right before jax is imported."""
 
 import ctypes
 import os
@@ -46,8 +46,8 @@ def tune_malloc() -> None:
 def trim() -> None:
   """Gives memory that was freed back to the system, which `MALLOC` keeps.
 
-  For after a start that took memory in other pieces than what follows. Does
-  nothing without glibc.
+  For after work that took memory in other pieces than what follows: a start, an
+  evaluation. Does nothing without glibc.
   """
   if platform.libc_ver()[0] == 'glibc':
     ctypes.CDLL(None).malloc_trim(0)

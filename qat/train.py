@@ -103,7 +103,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     if restored is None:
       first, seconds_before = 0, 0.0
       state = program.init(initial.place(start, program.abstract))
-      start = start._replace(params=None)  # Nothing but the state has them.
       launch.trim()
     else:
       first, state = restored.step, restored.state

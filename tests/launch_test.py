@@ -121,7 +121,7 @@ print(before - kept, kept - resident())
 
 
 @glibc
-def test_freed_memory_is_given_back(tmp_path):
+def test_freed_memory_is_given_back():
   found = subprocess.run(
     [sys.executable, '-c', KEEPS],
     env=os.environ | {'GLIBC_TUNABLES': launch.MALLOC, 'PYTHONPATH': str(ROOT)},

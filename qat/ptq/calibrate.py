@@ -267,10 +267,9 @@ class Calibration:
       for name in names
     }
     rows: dict[str, list] = {name: [] for name in names}
-    for i, (weights_BT, rows_BR) in enumerate(
-      zip(self._weights, self._rows, strict=True)
+    for i, (x_BTD, weights_BT, rows_BR) in enumerate(
+      zip(self._states, self._weights, self._rows, strict=True)
     ):
-      x_BTD = self._states[i]
       sums, kept, y_BTD = observe(
         *(self.block, tuple(names), params, sums, x_BTD, weights_BT, rows_BR),
         onward=onward,
