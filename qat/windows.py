@@ -212,6 +212,27 @@ def measure(
   }
 
 
+def settled(model: load.Loaded) -> load.Loaded:
+  """A model in the form that evaluates many batches fastest.
+
+  Quantized matrices become arrays (see `materialize`). Layers that are alike
+  become one block that is compiled once: on a CPU thirty layers take minutes to
+  compile, and tasks compile several shapes.
+
+  Args:
+    model: any; it stays as it is.
+
+  Returns:
+    The model; its parameters are in memory twice until the other one is gone.
+  """
+  params = materialize(model.model, model.params)
+  scanned, params = transformer.scanned(model.model, params)
+  config = model.config.copy_and_resolve_references().unlock()
+  config.model.scan_layers = scanned.config.scan_layers
+  config.lock()
+  return model._replace(config=config, model=scanned, params=params)
+
+
 def materialize(model: transformer.Transformer, params: Any) -> Any:
   """Parameters with quantized matrices as the arrays that they stand for.
 

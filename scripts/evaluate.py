@@ -95,8 +95,7 @@ def _evaluate(options: argparse.Namespace) -> Numbers:
   texts = [windows.read(name, options.field) for name in options.text]
   model = load.load_model(options.model, None)
   if not options.packed:
-    params = windows.materialize(model.model, model.params)
-    model = model._replace(params=params)
+    model = windows.settled(model)
   found: Numbers = {'model': str(options.model)}
   if model.dataset is not None:
     found = {'workdir': str(options.model), 'step': model.source['step']}

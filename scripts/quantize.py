@@ -240,17 +240,17 @@ def _evaluate(
   dataset: dataset_lib.Dataset,
   when: str,
 ) -> dict[str, float]:
-  config = model.config.copy_and_resolve_references().unlock()
-  config.eval.batches = ptq.eval.batches
-  config.eval.batch_size = ptq.eval.batch_size
-  config.data.seq_len = ptq.eval.length or config.data.seq_len
   params = jax.device_put(
     model.params, NamedSharding(model.mesh, PartitionSpec())
   )
-  params = windows.materialize(model.model, params)
+  model = windows.settled(model._replace(params=params))
+  config = model.config.unlock()
+  config.eval.batches = ptq.eval.batches
+  config.eval.batch_size = ptq.eval.batch_size
+  config.data.seq_len = ptq.eval.length or config.data.seq_len
   return evaluate.evaluate(
     evaluate.make_eval_step(config, model.model, model.mesh),
-    params,
+    model.params,
     config,
     dataset,
     model.mesh,

@@ -185,6 +185,46 @@ def test_nothing_is_quantized_twice():
     assert ffn['down']['kernel'] is leaf, 'Its rule would quantize it again.'
 
 
+@pytest.mark.parametrize('change', ['none', 'bits', 'rules'])
+def test_layers_that_are_alike_are_compiled_once(change):
+  config = tiny.config('fp', {**tiny.EXACT, 'model.n_layers': 2}).unlock()
+  if change == 'bits':  # Of a layer that its rule would quantize anew.
+    config.quant.specs.binary = common.spec('binary', 'int8')
+    config.quant.rules = (('.*/attn/q', 'binary'), ('.*', 'full'))
+  if change == 'rules':
+    config.quant.specs.inputs = common.spec('none', 'int4')
+    config.quant.rules = (('block_1/.*', 'inputs'), ('.*', 'full'))
+  config.lock()
+  mesh = tiny.mesh(config)
+  model = transformer.build(config, 'cpu', 1)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+  for i in range(2):
+    q = params[f'block_{i}']['attn']['q']
+    q['kernel'] = weights.symmetric(q['kernel'], 'channel', bits=4 + i)
+  given = load.Loaded(config, mesh, model, params, None, 0, 0, None, {})
+
+  settled = windows.settled(given)
+  alike = change == 'none'
+  assert ('blocks' in settled.params) == alike
+  for part in (settled.config.model, settled.model.config):
+    assert part.scan_layers == alike
+  assert not given.config.model.scan_layers
+  assert composed.is_quantized(params['block_1']['attn']['q']['kernel'])
+  losses = [
+    measure(
+      (
+        mesh,
+        m.model,
+        m.params,
+        evaluate.make_eval_step(m.config, m.model, mesh),
+      )
+    )['loss']
+    for m in (given, settled)
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_a_quantized_run_begins_a_text_as_the_run_does(tokenizer):
   def begins(source, begin='end'):
     config = tiny.config('fp', {'data.begin': begin})

@@ -22,6 +22,10 @@ from qat.quant import rules as rules_lib
 BLOCKS = 'blocks'  # The subtree of a scanned model.
 
 
+class UnlikeError(ValueError):
+  """Layers that differ in their form cannot be stacked."""
+
+
 def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
   """A tree with a subtree for each block; one without 'blocks' as it is.
 
@@ -58,7 +62,8 @@ def stacked(tree: dict[str, Any]) -> dict[str, Any]:
     'blocks', of NumPy arrays, in the place of 'block_0', ...
 
   Raises:
-    ValueError: two layers differ in what they have, or in a shape.
+    UnlikeError: two layers differ in what they have, or in a shape. The tree is
+      whole then.
   """
   names = [name for name in tree if re.fullmatch(r'block_\d+', name)]
   names.sort(key=lambda name: int(name.removeprefix('block_')))
@@ -69,7 +74,7 @@ def stacked(tree: dict[str, Any]) -> dict[str, Any]:
   for name, kinds in zip(names[1:], others, strict=True):
     for path in first | kinds:
       if first.get(path) != kinds.get(path):
-        raise ValueError(
+        raise UnlikeError(
           f'{names[0]}{path} and {name}{path} are not of one form:'
           f' {first.get(path)} and {kinds.get(path)}.'
         )

@@ -288,6 +288,29 @@ def unscanned(model: Transformer, params: Any) -> tuple[Transformer, Any]:
   return changed(model, scan_layers=False), jax.jit(stacked.unstacked)(params)
 
 
+def scanned(model: Transformer, params: Any) -> tuple[Transformer, Any]:
+  """Inverts `unscanned`: one block is compiled, whatever the depth.
+
+  Args:
+    model: any.
+    params: its parameters, on devices, each whole on all of them; the blocks'
+      branches of the tree are emptied.
+
+  Returns:
+    The model with a scan, and its parameters where they were; both as they are
+    where layers differ in their rules or in the form of their parameters.
+  """
+  kernels = rules_lib.kernels(params)
+  if model.config.scan_layers or stacked.told_apart(kernels, model.rules.find):
+    return model, params
+  where = jax.tree.leaves(params)[0].sharding
+  try:
+    params = stacked.stacked(params)
+  except stacked.UnlikeError:
+    return model, params
+  return changed(model, scan_layers=True), jax.device_put(params, where)
+
+
 def changed(model: Transformer, **fields: Any) -> Transformer:
   """The model with other fields of its config."""
   config = ConfigDict(model.config.to_dict())
