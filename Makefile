@@ -2,9 +2,11 @@
 # bench-llama: .venv-llama), when there is none or when it is not the one that
 # setup.py and constraints.txt describe.
 
+FOLDER := .venv
+# What it was made with, unless other things are named.
+-include $(FOLDER)/made-with.mk
 PYTHON ?= python3
 EXTRAS ?= test
-FOLDER := .venv
 ARGS ?=
 CONFIG ?= configs/pquant.py:tiny
 # configs/pquant.py:tiny -> runs/pquant-tiny
@@ -94,6 +96,8 @@ $(STAMP): | python-is-new-enough
 	  setuptools jaxlib $(TOOLS)
 	$(VENV) -m pip install --quiet --constraint=constraints.txt \
 	  --no-build-isolation --editable '.[$(EXTRAS)]'
+	printf '%s ?= %s\n' PYTHON '$(PYTHON)' EXTRAS '$(EXTRAS)' \
+	  > $(FOLDER)/made-with.mk
 	touch $@
 
 .PHONY: python-is-new-enough

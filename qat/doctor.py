@@ -50,7 +50,7 @@ def extra(name: str) -> str:
   module, purpose = EXTRAS[name]
   if importlib.util.find_spec(module):
     return f'present: {purpose}'
-  return f"absent, for {purpose}: pip install 'qat[{name}]'"
+  return f"absent, for {purpose}: pip install -e '.[{name}]'"
 
 
 def lines() -> list[tuple[str, str]]:

@@ -34,7 +34,7 @@ def test_a_backend_that_does_not_start_is_a_line(monkeypatch):
 
 def test_what_is_missing_names_its_remedy(monkeypatch):
   monkeypatch.setitem(doctor.EXTRAS, 'hf', ('no_such_module_here', 'corpora'))
-  assert doctor.extra('hf') == ("absent, for corpora: pip install 'qat[hf]'")
+  assert doctor.extra('hf') == ("absent, for corpora: pip install -e '.[hf]'")
   monkeypatch.setitem(doctor.EXTRAS, 'hf', ('json', 'corpora'))
   assert doctor.extra('hf') == 'present: corpora'
   assert doctor.version('no-such-package-here') == 'not installed'

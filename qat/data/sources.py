@@ -297,6 +297,6 @@ def _builder(dataset: str, config: str) -> Any:
   except ImportError as error:
     raise ImportError(
       f'{dataset}:{config} needs the library that reads Hugging Face data'
-      " sets: pip install 'qat[hf]'"
+      " sets: pip install -e '.[hf]'"
     ) from error
   return datasets.load_dataset_builder(dataset, config)

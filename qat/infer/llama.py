@@ -215,7 +215,7 @@ def random_model(
   except ImportError as error:
     raise ImportError(
       f'The package {error.name} is missing, with which llama.cpp is measured:'
-      " `make bench-llama`, or pip install 'qat[llama]'."
+      " `make bench-llama`, or pip install -e '.[llama]'."
     ) from error
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, 'random.gguf')

@@ -62,7 +62,7 @@ def open_file(
     import gguf
   except ImportError as error:
     raise ImportError(
-      f"{path}: GGUF files need the package gguf; pip install 'qat[interop]'."
+      f"{path}: GGUF files need the package gguf; pip install -e '.[interop]'."
     ) from error
   if not path.is_file():
     raise FileNotFoundError(f'No file {path}.')

@@ -55,7 +55,7 @@ def download(name: str) -> pathlib.Path:
   except ImportError as error:
     raise ImportError(
       f'{name!r} is on the Hugging Face hub, which needs the package'
-      " huggingface-hub; pip install 'qat[interop]'."
+      " huggingface-hub; pip install -e '.[interop]'."
     ) from error
   try:
     found = huggingface_hub.snapshot_download(
