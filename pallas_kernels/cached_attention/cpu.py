@@ -33,7 +33,8 @@ def attend(
     keys_BSKH: the cache; the new ones are written into its memory where it is
       not needed any more.
     values_BSKH: likewise.
-    position_B: int32, the new token's places.
+    position_B: int32, the new token's places, 0 to S - 1; others count as the
+      nearest of these.
     variant: of `native.variants()`; None: the fastest.
 
   Returns:

@@ -48,7 +48,7 @@ def decoupled_ffn_up(
     ValueError: shapes do not fit, or `implementation` cannot do this.
   """
   for packed, format in ((wide, '1bit'), (narrow, 'int8')):
-    packed_matmul.check(x_MK, packed, x_scale_M1)
+    packed_matmul.check(x_MK, packed, x_scale_M1, out_dtype)
     if packed.format != format:
       raise ValueError(f'A branch is {packed.format!r}; want {format!r}.')
   if (narrow.axis, narrow.block) != (wide.axis, wide.block):

@@ -50,7 +50,7 @@ def grouped_matmul(
       f'Packed bytes have shape {packed.data.shape}; want a stack of matrices.'
     )
   one = jax.eval_shape(lambda p: jax.tree.map(lambda a: a[0], p), packed)
-  packed_matmul.check(x_MK, one, x_scale_M1)
+  packed_matmul.check(x_MK, one, x_scale_M1, out_dtype)
   if expert_M.shape != x_MK.shape[:1] or expert_M.dtype != jnp.int32:
     raise ValueError(
       f'expert_M is {expert_M.dtype}{expert_M.shape}; want int32'

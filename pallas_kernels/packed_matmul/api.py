@@ -52,7 +52,7 @@ def packed_matmul(
   Raises:
     ValueError: shapes do not fit, or `implementation` cannot do this.
   """
-  check(x_MK, packed, x_scale_M1)
+  check(x_MK, packed, x_scale_M1, out_dtype)
   name, x_scale_M1, target = chosen(
     'packed_matmul', x_MK, packed, x_scale_M1, implementation, target
   )
@@ -86,7 +86,7 @@ def several(
   """
   names = set()
   for p in packed:
-    check(x_MK, p, x_scale_M1)
+    check(x_MK, p, x_scale_M1, out_dtype)
     names.add(chosen('packed_matmul', x_MK, p, None, None, target)[0])
   if names == {'cpu'} and len({p.format for p in packed}) == 1:
     scale_M1 = _scale(x_MK, x_scale_M1)
@@ -124,9 +124,14 @@ def _scale(x_MK: jax.Array, x_scale_M1: jax.Array | None) -> jax.Array:
 
 
 def check(
-  x_MK: jax.Array, packed: packing.Packed, x_scale_M1: jax.Array | None
+  x_MK: jax.Array,
+  packed: packing.Packed,
+  x_scale_M1: jax.Array | None,
+  out_dtype: jax.typing.DTypeLike,
 ) -> None:
   """Raises a ValueError where an input and a weight do not fit."""
+  if jnp.dtype(out_dtype).name not in ('float32', 'bfloat16'):
+    raise ValueError(f'out_dtype={out_dtype}; want float32 or bfloat16.')
   if packed.data.ndim != 2:
     raise ValueError(
       f'A stack of {packed.data.shape[:-2]} matrices; `jax.vmap` multiplies it.'

@@ -77,6 +77,10 @@ def several_sums(
   formats = {p.format for p in packed}
   if len(formats) != 1:
     raise ValueError(f'Matrices of {sorted(formats)}; want them of one format.')
+  if {(p.axis, p.block) for p in packed} != {(-1, BLOCK)}:
+    raise ValueError(
+      f'A matrix is packed otherwise; want axis -1 and block {BLOCK}.'
+    )
   planes, _, step, low = packing.FORMATS[packed[0].format]
   if planes == 1:
     low = -128  # The extension's indices of int8 codes begin at 0.

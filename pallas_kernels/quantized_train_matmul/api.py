@@ -55,6 +55,10 @@ def quantized_train_matmul(
   for name, a in (('mean_1N', mean_1N), ('scale_1N', scale_1N)):
     if a.shape not in ((1, 1), (1, w_KN.shape[1])):
       raise ValueError(f'{name} has shape {a.shape}; want [1, 1] or [1, N].')
+  if x_scale_M1.shape != (x_MK.shape[0], 1):
+    raise ValueError(
+      f'x_scale_M1 has shape {x_scale_M1.shape}; want {(x_MK.shape[0], 1)}.'
+    )
   target = target or dispatch.here()
   call = dispatch.Call(target, x_MK.dtype.name, x_MK.shape[0])
   name = dispatch.choose('quantized_train_matmul', call, implementation)

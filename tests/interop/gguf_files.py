@@ -25,7 +25,6 @@ NAMES = {
   'mlp.up_proj': 'ffn_up',
   'mlp.down_proj': 'ffn_down',
 }
-QUANTIZATION = gguf.GGMLQuantizationType
 
 
 def tokenizer_fields(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The packed product of the C++ extension, each variant against NumPy."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -99,6 +100,9 @@ def test_matrices_of_one_format_and_input_are_one_call():
 def test_a_weight_that_is_packed_for_another_width_is_refused():
   x, _, binary = draw(0, '1bit', 1, 70, 5)
   _, _, wide = draw(0, '1bit', 1, 513, 5)
+  other = dataclasses.replace(binary, block=128)
+  with pytest.raises(ValueError, match='want axis -1 and block 64'):
+    cpu.several_sums(x, [binary, other])
   with pytest.raises(Exception, match='w is not packed for the width of x'):
     jax.block_until_ready(cpu.several_sums(x, [binary, wide]))
 

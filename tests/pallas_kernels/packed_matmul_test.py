@@ -23,7 +23,6 @@ from tests.pallas_kernels import forms
 
 TPU_ROW = dispatch.rows_for('packed_matmul', forms.V5E)[0]
 
-PACK = jax.jit(packing.pack, static_argnames='format')
 IMPLEMENTATIONS = forms.of(reference.packed_matmul, tpu.packed_matmul)
 
 
@@ -171,6 +170,7 @@ def test_the_reference_runs_unasked_where_nothing_faster_can():
     ({'x_MK': jnp.ones((2, 99), jnp.int8)}, r'want \[M, 100\]'),
     ({'x_MK': jnp.ones((2, 100), jnp.int32)}, 'x is int32'),
     ({'x_scale_M1': jnp.ones((3,))}, r'want \(2, 1\)'),
+    ({'out_dtype': 'int8'}, 'out_dtype=int8; want float32 or bfloat16'),
   ],
 )
 def test_what_cannot_be_multiplied_is_an_error(change, message):

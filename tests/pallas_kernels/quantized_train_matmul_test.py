@@ -102,5 +102,7 @@ def test_unasked_the_reference_runs_and_what_does_not_fit_is_an_error():
     run(x.astype(jnp.float32), x_scale, w, mean, scale)
   with pytest.raises(ValueError, match='mean_1N has shape'):
     run(x, x_scale, w, mean[0], scale)
+  with pytest.raises(ValueError, match=r'x_scale_M1 has shape \(3,\)'):
+    run(x, x_scale[:, 0], w, mean, scale)
   with pytest.raises(ValueError, match='not on cpu'):
     run(x, x_scale, w, mean, scale, implementation='tpu')
