@@ -1,5 +1,7 @@
 """Floating-point operations: what a step needs, and what a device can do."""
 
+from collections.abc import Iterator
+import contextlib
 import time
 
 import jax
@@ -17,7 +19,8 @@ def train_flops_per_token(config: ConfigDict, params: dict) -> float:
   A forward pass takes 2 for each weight that takes part in a product, and
   4 * L * d_model * T / 2 for causal attention; a backward pass twice that, and
   so do the tangents of a pass in forward mode; two-point estimates take two
-  forward passes a direction. An expert layer counts the experts that a token
+  forward passes a direction, and as many again for quantizers that have
+  directions of their own. An expert layer counts the experts that a token
   meets. Recomputation, quantization and noise do not count.
 
   Args:
@@ -31,12 +34,16 @@ def train_flops_per_token(config: ConfigDict, params: dict) -> float:
   c = config.model
   forward = 2 * weights + 2 * c.n_layers * c.d_model * config.data.seq_len
   q = config.zo.directions
-  passes = {'backprop': 3, 'spsa': 2 * q, 'forward': 3 * q}
+  kinds = 2 if config.zo.quantizer_eps else 1
+  passes = {'backprop': 3, 'spsa': 2 * q * kinds, 'forward': 3 * q}
   return passes[config.optim.estimator] * forward
 
 
 def measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
   """FLOP/s of bfloat16 products on one device: the best of repeated ones.
+
+  Outside of a mesh: how often it multiplies depends on the clock, and what
+  several processes run together must not.
 
   Args:
     size: of the square matrices; a GPU or TPU gets four times that.
@@ -57,3 +64,42 @@ def measured_peak(size: int = 1024, seconds: float = 0.3) -> float:
     y.block_until_ready()
     best = min(best, (time.perf_counter() - start) / 4)
   return 2 * size**3 / best
+
+
+class Meter:
+  """Speed of training and time left, with pauses left out.
+
+  Args:
+    config: a run's config.
+    params: the (abstract) parameters.
+    peak: FLOP/s of all devices.
+    first: the step that training goes on from.
+  """
+
+  def __init__(self, config: ConfigDict, params: dict, peak: float, first: int):
+    self.tokens_per_step = config.data.batch_size * config.data.seq_len
+    self._flops_per_token = train_flops_per_token(config, params)
+    self._peak, self._total = peak, config.train.steps
+    self._last, self._since = first, time.monotonic()
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Leaves the time of the body out."""
+    begin = time.monotonic()
+    yield
+    self._since += time.monotonic() - begin
+
+  def read(self, step: int) -> dict[str, float]:
+    """The log's speeds since the last call, at `step`."""
+    now = time.monotonic()
+    seconds_per_step = (now - self._since) / max(1, step - self._last)
+    self._last, self._since = step, now
+    tokens_per_s = self.tokens_per_step / seconds_per_step
+    flops_per_s = tokens_per_s * self._flops_per_token
+    return {
+      'train/tokens': step * self.tokens_per_step,
+      'train/tokens_per_s': tokens_per_s,
+      'train/eta_s': (self._total - step) * seconds_per_step,
+      'train/flops_per_s': flops_per_s,
+      'train/flops_share': flops_per_s / self._peak,
+    }

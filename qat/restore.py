@@ -6,6 +6,8 @@ and compared with the manifest's. With several processes all of them call
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import errno
 from pathlib import Path
 import re
 import shutil
@@ -27,6 +29,12 @@ _LONGEST = 400  # Characters of tensorstore's errors, which are pages.
 # limits and rights, not of damaged files.
 _NOT_DAMAGE = re.compile(
   'RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED'
+)
+# Likewise of the operating system: files and memory that there are no more of,
+# rights, and a file system that does not answer.
+_LIMITS = frozenset(
+  (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+  + (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN)
 )
 
 
@@ -148,13 +156,27 @@ def _read_arrays(path: Path, wanted: dict) -> dict[str, jax.Array]:
         partial_restore=True,
       ),
     )
-  except (MemoryError, PermissionError):
-    raise
   except Exception as error:  # Damage comes as nearly any type.
-    if _NOT_DAMAGE.search(str(error)):
+    if any(map(_is_limit, _causes(error))):
       raise
     why = f'{type(error).__name__}: {error}'[:_LONGEST]
     raise manifest.CorruptError(f'{path} cannot be read: {why}') from error
+
+
+def _is_limit(error: BaseException) -> bool:
+  """Whether an error is of this machine, and the files may be good."""
+  return (
+    isinstance(error, MemoryError)
+    or (isinstance(error, OSError) and error.errno in _LIMITS)
+    or bool(_NOT_DAMAGE.search(str(error)))
+  )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """An error, what it was raised from, and so on."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
 
 
 def _everywhere(ok: bool) -> bool:

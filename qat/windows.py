@@ -20,6 +20,8 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 import numpy as np
 import tokenizers
@@ -230,6 +232,7 @@ def settled(model: load.Loaded) -> load.Loaded:
   config = model.config.copy_and_resolve_references().unlock()
   config.model.scan_layers = scanned.config.scan_layers
   config.lock()
+  params = jax.device_put(params, NamedSharding(model.mesh, P()))
   return model._replace(config=config, model=scanned, params=params)
 
 

@@ -75,6 +75,7 @@ class Variant(NamedTuple):
   step: Callable[[Any, Any], tuple[Any, Any]]
   state: Any
   flops_per_token: float
+  devices: int
 
 
 def _config(module, changes: dict, args: argparse.Namespace):
@@ -106,6 +107,7 @@ def _fast(name: str, args: argparse.Namespace) -> Variant:
     program.train_step,
     program.init(),
     flops.train_flops_per_token(config, program.abstract.params),
+    program.mesh.size,
   )
 
 
@@ -136,7 +138,7 @@ def _plain(args: argparse.Namespace) -> Variant:
     .compile()
   )
   per_token = flops.train_flops_per_token(config, state[0])
-  return Variant(PLAIN, compiled, state, per_token)
+  return Variant(PLAIN, compiled, state, per_token, devices=1)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
       'speedup': statistics.median(ratios),
       'speedup_min': min(ratios),
       'speedup_max': max(ratios),
-      'flops_share': speed * v.flops_per_token / peak,
+      'flops_share': speed * v.flops_per_token / (peak * v.devices),
       'flops_per_s': speed * v.flops_per_token,
       'temporary_bytes': memory.temp_size_in_bytes,
       # The step gives its memory to the state it returns.
@@ -206,15 +208,8 @@ def _print(console: rich_console.Console, result: dict, base: str) -> None:
     title=f'{result["machine"]}, jax {result["jax"]}, bf16 peak'
     f' {display.count(result["peak_flops"])}FLOP/s'
   )
-  for name in (
-    '',
-    'tokens/s',
-    f'against {base}',
-    'FLOP/s',
-    'of peak',
-    'temporaries',
-    'memory',
-  ):
+  names = f',tokens/s,against {base},FLOP/s,of peak,temporaries,memory'
+  for name in names.split(','):
     table.add_column(name, justify='right', no_wrap=True)
   for name, row in result['rows'].items():
     table.add_row(

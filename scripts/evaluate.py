@@ -80,11 +80,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> Numbers:
-  if options.batch_tokens < 1 or options.max_length < 1:
-    raise ValueError(
-      f'--batch-tokens {options.batch_tokens}, --max-length'
-      f' {options.max_length}: numbers of tokens, at least 1.'
-    )
+  for name in ('batch_tokens', 'max_length', 'window'):
+    if (tokens := getattr(options, name)) < 1:
+      raise ValueError(
+        f'--{name.replace("_", "-")} {tokens}: a number of tokens, at least 1.'
+      )
   # What is wrong with a file is told before the model is loaded.
   chosen = [
     _Chosen(path, tasks.read(path, options.limit), options.max_length, {})

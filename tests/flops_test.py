@@ -39,6 +39,15 @@ def test_a_second_expert_a_token_counts():
   assert twice - once == 6 * 3 * 32 * 8
 
 
+def test_directions_of_quantizers_are_passes_of_their_own():
+  fields = {'optim.estimator': 'spsa', 'zo.directions': 3}
+  once = count(tiny.config('fp', fields))
+  assert once == 2 * count(tiny.config('fp'))  # 6 passes, and not 3.
+  assert count(tiny.config('fp', {**fields, 'zo.quantizer_eps': 0.01})) == (
+    2 * once
+  )
+
+
 def test_the_count_ignores_recomputation_and_untied_heads():
   expected = count(tiny.config('fp'))
   for fields in ({'model.remat': 'block'}, {'model.tied_embeddings': False}):

@@ -1,5 +1,6 @@
 """Tests of qat.restore: what comes back, and what damage does."""
 
+import errno
 import gc
 import os
 import shutil
@@ -197,16 +198,26 @@ def test_a_folder_without_content_is_no_checkpoint(tmp_path):
   assert '999 has no manifest.json' in said[0]
 
 
-def test_limits_of_the_machine_are_no_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  'cause',
+  [
+    ValueError('RESOURCE_EXHAUSTED: Too many open files'),
+    OSError(errno.EMFILE, 'Too many open files'),
+    OSError(errno.ESTALE, 'Stale file handle'),
+    MemoryError(),
+  ],
+  ids=repr,
+)
+def test_limits_of_the_machine_are_no_damage(tmp_path, monkeypatch, cause):
   states.save_steps(tmp_path, 1)
 
   class Handler:
     def restore(self, *_, **__):
-      raise ValueError('RESOURCE_EXHAUSTED: Too many open files')
+      raise ValueError('Reading has failed.') from cause
 
   monkeypatch.setattr(restore.ocp, 'PyTreeCheckpointHandler', lambda: Handler())
   with states.opened(tmp_path) as saver:
-    with pytest.raises(ValueError, match='Too many open files'):
+    with pytest.raises(ValueError, match='Reading has failed'):
       saver.restore(states.target())
     assert saver.steps() == [1]
 

@@ -302,7 +302,9 @@ def _rows(model, sampling, params, prompts, tokens, caches, seeds, stop):
     model, sampling, params, tokens_BT, caches, length_B, keys_B
   )
   state = token_B, jnp.asarray(length_B), token_B == stop
-  made, ask, rows_nB = 1, 1, np.asarray(token_B)[None]
+  made, rows_nB = 1, np.asarray(token_B)[None]
+  # A clock may not decide what several processes run together.
+  ask = 1 if jax.process_count() == 1 else CHUNK
   ended_B = np.zeros(len(prompts), bool)
   while True:
     for row_B in rows_nB:

@@ -293,22 +293,20 @@ def scanned(model: Transformer, params: Any) -> tuple[Transformer, Any]:
 
   Args:
     model: any.
-    params: its parameters, on devices, each whole on all of them; the blocks'
-      branches of the tree are emptied.
+    params: its parameters; the blocks' branches of the tree are emptied.
 
   Returns:
-    The model with a scan, and its parameters where they were; both as they are
-    where layers differ in their rules or in the form of their parameters.
+    The model with a scan, and its parameters, those of blocks on the host; both
+    as they are where layers differ in their rules or their parameters' form.
   """
   kernels = rules_lib.kernels(params)
   if model.config.scan_layers or stacked.told_apart(kernels, model.rules.find):
     return model, params
-  where = jax.tree.leaves(params)[0].sharding
   try:
     params = stacked.stacked(params)
   except stacked.UnlikeError:
     return model, params
-  return changed(model, scan_layers=True), jax.device_put(params, where)
+  return changed(model, scan_layers=True), params
 
 
 def changed(model: Transformer, **fields: Any) -> Transformer:

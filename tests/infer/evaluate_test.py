@@ -212,6 +212,7 @@ def test_a_model_of_others_has_their_beginning(loaded, tmp_path):
     (['--text', 'no/where.txt'], 'no/where.txt'),
     (['--tasks', 'no/where'], "No file or folder 'no/where' with a task"),
     (['--batch-tokens', '0'], '--batch-tokens 0'),
+    (['--window', '0'], '--window 0'),
     (['--tasks', 'no/where', '--limit', '-1'], 'No file'),
   ],
 )
