@@ -10,9 +10,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 import numpy as np
 
 from qat import carried
+from qat import config as config_lib
 from qat import display
 from qat import metrics
 from qat import report
@@ -93,6 +95,59 @@ def introduction(program: step_lib.Program, params: Any, peak: float) -> str:
   )
 
 
+def check(config: ConfigDict, dataset: dataset_lib.Dataset) -> None:
+  """Tries what is otherwise done only when the training has ended.
+
+  Raises:
+    ConfigError: samples are longer than the model takes, or the data set has
+      too few windows for the sensitivity.
+  """
+  most = config.model.max_positions
+  for prompt, ids in _prompts(config, dataset):
+    if 0 < most < len(ids) + config.sample.tokens:
+      raise config_lib.ConfigError(
+        f'config.sample.tokens={config.sample.tokens} after the {len(ids)}'
+        f' tokens of {prompt!r} (config.sample.prompts) are more than the model'
+        f' takes (config.model.max_positions={most}); ask for at most'
+        f' {max(0, most - len(ids))}, 0 for no samples.'
+      )
+  try:
+    _calibration(config, dataset)
+  except ValueError as error:
+    raise config_lib.ConfigError(
+      f'config.sensitivity.sequences={config.sensitivity.sequences}: {error}'
+    ) from error
+
+
+def _calibration(
+  config: ConfigDict, dataset: dataset_lib.Dataset
+) -> np.ndarray:
+  """The first batch of another shuffle of the training split.
+
+  It is fixed for a run, and the same for all runs with its seed.
+  """
+  return loader_lib.calibration_batch(
+    dataset.path,
+    seq_len=config.data.seq_len,
+    sequences=config.sensitivity.sequences,
+    seed=config.seed + 1,
+  )
+
+
+def _prompts(
+  config: ConfigDict, dataset: dataset_lib.Dataset
+) -> list[tuple[str, list[int]]]:
+  """Each prompt to sample from, with its tokens, begun as texts begin."""
+  if not config.sample.tokens:
+    return []
+  start = windows.begin(config, dataset.tokenizer, dataset.eot_id)
+  return [
+    (prompt, [*start, *ids] or [dataset.eot_id])
+    for prompt in config.sample.prompts
+    for ids in [dataset.tokenizer.encode(prompt, add_special_tokens=False).ids]
+  ]
+
+
 def study(
   program: step_lib.Program,
   params: Any,
@@ -101,21 +156,16 @@ def study(
   log: metrics.Logger,
   step: int,
   hurry: Callable[[], object] = lambda: False,
-) -> None:
+) -> bool:
   """Measures and writes the sensitivity of every quantized layer.
 
   `hurry` is asked before each layer; true ends the study without a result.
 
-  The calibration batch is the first of another shuffle of the training split:
-  fixed for a run, and the same for all runs with its seed.
+  Returns:
+    Whether it was done.
   """
   config = program.config
-  tokens_BT = loader_lib.calibration_batch(
-    dataset.path,
-    seq_len=config.data.seq_len,
-    sequences=config.sensitivity.sequences,
-    seed=config.seed + 1,
-  )
+  tokens_BT = _calibration(config, dataset)
   if program.mesh.size > 1:  # Every device then studies the whole.
     whole = NamedSharding(program.mesh, P())
     params = jax.jit(lambda p: p, out_shardings=whole)(params)
@@ -125,11 +175,14 @@ def study(
     itertools.takewhile(lambda _: not hurry(), records),
     config.sensitivity.damping,
   )
-  if hurry() or not analysis:
-    return
+  if hurry():
+    return False
+  if not analysis:
+    return True
   if jax.process_index() == 0:
     sensitivity_files.save(workdir, step, analysis)
   log.scalars(step, sensitivity.scalars(analysis))
+  return True
 
 
 def _samples(
@@ -137,15 +190,13 @@ def _samples(
 ) -> list[dict[str, Any]]:
   """A continuation of each of the config's prompts, begun as texts begin."""
   c = program.config.sample
-  start = windows.begin(program.config, dataset.tokenizer, dataset.eot_id)
   model, params = transformer.unscanned(program.model, params)
   samples = []
-  for prompt in c.prompts:
-    ids = dataset.tokenizer.encode(prompt, add_special_tokens=False).ids
+  for prompt, begun in _prompts(program.config, dataset):
     new = generate.generate(
       model,
       params,
-      [*start, *ids] or [dataset.eot_id],
+      begun,
       tokens=c.tokens,
       temperature=c.temperature,
       top_k=c.top_k,
@@ -153,6 +204,7 @@ def _samples(
       seed=program.config.seed,
       stop=dataset.eot_id,
     )
+    ids = dataset.tokenizer.encode(prompt, add_special_tokens=False).ids
     text = dataset.tokenizer.decode([*ids, *new])
     step = program.config.train.steps
     samples.append({'step': step, 'prompt': prompt, 'text': text})

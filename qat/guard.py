@@ -19,7 +19,15 @@ import sys
 import threading
 import time
 
+import jax
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
 from qat import lock
+from qat import sharding
 
 TIMED_OUT = 75  # Exit code of `time_limit`; EX_TEMPFAIL of sysexits.h.
 _CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}  # 128 + the number.
@@ -100,6 +108,11 @@ class Interrupts:
     """Puts the old handlers back."""
     self._undo.pop()()
 
+  def request(self, name: str) -> None:
+    """Counts a signal that another process got, if none came to this one."""
+    with self._mutex:
+      self.requested = self.requested or name
+
   def exit_code(self) -> int:
     """143 after a SIGTERM, 130 after a SIGINT, 0 without a signal."""
     return _CODES[signal.Signals[self.requested]] if self.requested else 0
@@ -150,6 +163,40 @@ class Interrupts:
       print(
         f'{signum.name}: will save, then leave.', file=sys.stderr, flush=True
       )
+
+
+class Agreement:
+  """The signal that any process of a run has got, as all of them know it.
+
+  A process that is alone knows at once. Several exchange what they know, in a
+  program that none waits for: a call reads the exchange that the call before it
+  began. So all processes must call alike, and then decide alike.
+
+  Args:
+    interrupts: of this process; counts the others' signals from then on.
+    mesh: all devices.
+  """
+
+  def __init__(self, interrupts: Interrupts, mesh: Mesh):
+    self._interrupts = interrupts
+    self._agreed: str | None = None
+    self._sent: jax.Array | None = None
+    self._each = NamedSharding(mesh, P(mesh.axis_names))
+    self._most = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+
+  def heard(self) -> str | None:
+    """'SIGTERM' or 'SIGINT'; None while there was no signal."""
+    own = self._interrupts.requested
+    if jax.process_count() == 1:
+      return own
+    before, number = self._sent, signal.Signals[own] if own else 0
+    mine = np.full(len(self._each.addressable_devices), number, np.int32)
+    numbers = jax.make_array_from_process_local_data(self._each, mine)
+    self._sent = sharding.in_turn(self._most(numbers))
+    if before is not None and self._agreed is None and (most := int(before)):
+      self._agreed = signal.Signals(most).name
+      self._interrupts.request(self._agreed)
+    return self._agreed
 
 
 # ----------------------------------------------------------------- time limits

@@ -1,14 +1,13 @@
 """A run, read from top to bottom: data, program, state, loop, report."""
 
+from collections.abc import Iterator
 import contextlib
 import pathlib
 import time
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-import numpy as np
 
 from qat import carried
 from qat import changes
@@ -32,6 +31,9 @@ from qat.data import loader as loader_lib
 from qat.data import task_loader
 from qat.infer import load
 from qat.nn import transformer
+
+# The key of a checkpoint's `extra` for what a signal kept from being measured.
+_OWED = 'owed'
 
 
 class NonFiniteError(RuntimeError):
@@ -71,19 +73,21 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
     # 1. What needs no state, and loses nothing when it is interrupted.
     with interrupts.nothing_to_lose():
-      dataset = load.open_dataset(config)
-      parts = task_run.open_parts(config, dataset)
-      loader = enter(contextlib.closing(_open_loader(config, dataset, parts)))
+      with _mended_by_the_user():
+        dataset = load.open_dataset(config)
+        parts = task_run.open_parts(config, dataset)
+        loader = enter(contextlib.closing(_open_loader(config, dataset, parts)))
       # Another model is read by this process alone, before there is a mesh.
       start = initial.find(config, workdir, dataset)
+      finish.check(config, dataset)
       launch.trim()
       mesh = sharding.make_mesh(config.mesh)
+      peak = flops.measured_peak() * mesh.size
       enter(jax.set_mesh(mesh))
       with guard.time_limit('compiling', config.train.timeout_s):
         program = step_lib.compile_program(config, mesh, start.described)
       eval_step = evaluate.make_eval_step(config, program.model, mesh)
       evaluate_task = task_run.evaluator(program, parts)
-      peak = flops.measured_peak() * mesh.size
     if primary:
       with metrics.replacing(workdir / 'config.json') as file:
         file.write(config_lib.to_json(config).encode())
@@ -100,14 +104,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       )
     )
     restored = checkpoints.restore(program.abstract)
+    due = set()  # What is to be measured of the parameters as they are.
     if restored is None:
       first, seconds_before = 0, 0.0
+      if start.words:
+        due.add('evaluation')
       state = program.init(initial.place(start, program.abstract))
       launch.trim()
     else:
       first, state = restored.step, restored.state
+      _refuse_shorter(config, workdir, first)
       loader.restore(restored.extra['data'])
       seconds_before = restored.extra['seconds']
+      due.update(restored.extra.get(_OWED, ()))
     log = enter(
       metrics.Logger(
         workdir,
@@ -124,36 +133,49 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     #    that the device never waits; before anything looks at the state, the
     #    newest measurements are read too, so that no state is saved or
     #    evaluated that came out of a step gone wrong.
-    def hurry() -> bool:
-      return jax.process_count() == 1 and interrupts.requested is not None
+    signals = guard.Agreement(interrupts, mesh)
+    evaluated = {}
 
     def evaluate_all() -> dict[str, float]:
       found = evaluate.evaluate(
-        eval_step, state.params, config, dataset, mesh, hurry
+        eval_step, state.params, config, dataset, mesh, signals.heard
       )
       launch.trim()
-      return found and found | evaluate_task(state.params, 'dev', hurry)
+      return found and found | evaluate_task(state.params, 'dev', signals.heard)
+
+    def look(step: int, due: set[str]) -> set[str]:
+      """Measures what is due; returns what is owed, after a signal."""
+      nonlocal evaluated
+      owed = set(due)
+      if 'evaluation' in owed and (evaluated := evaluate_all()):
+        log.scalars(step, evaluated)
+        owed.remove('evaluation')
+      if 'study' in owed and finish.study(
+        program, state.params, dataset, workdir, log, step, signals.heard
+      ):
+        owed.remove('study')
+      return owed
 
     if restored is None and start.words:
       log.say(start.words)
-      if before := evaluate_all():
-        log.scalars(0, before)
+    if look(first, due):
+      log.say(f'{signals.heard()}: still at step {first}.')
+      return interrupts.exit_code()
     described = {carried.EXTRA: start.described}
-    meter = _Meter(program, peak, first)
+    meter = flops.Meter(config, program.abstract.params, peak, first)
     late = None
-    evaluated = {}
     for step in range(first + 1, config.train.steps + 1):
       with guard.time_limit('the next batch', config.data.timeout_s):
         batch = evaluate.put(next(loader), mesh)
       done = step == config.train.steps
-      look = done or step % config.train.health_every == 0
-      if look:
+      inspected = done or step % config.train.health_every == 0
+      if inspected:
         codes = sharding.in_turn(
           health.codes(state.params, program.model.rules)
         )
       state, measured = sharding.in_turn(program.train_step(state, batch))
       routers = measured.pop('router')
-      if look:
+      if inspected:
         measured |= health.routers(routers)
         measured |= sharding.in_turn(
           health.measure(state.params, codes, program.model.rules)
@@ -162,31 +184,27 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         _settle(*late, state, program, log, meter)
       late = step, measured, batch
 
-      stop = _stop_requested(interrupts, step, config.train.log_every)
-      evaluates = done or step % config.eval.every == 0
-      studies = _divides(config.sensitivity.every, step)
+      stop = _stop_requested(signals, step)
+      due = set()
+      if done or step % config.eval.every == 0:
+        due.add('evaluation')
+      if config.sensitivity.every and step % config.sensitivity.every == 0:
+        due.add('study')
       saves = done or step % config.checkpoint.every == 0
-      if not (stop or evaluates or studies or saves):
+      if not (stop or due or saves):
         continue
       _settle(*late, state, program, log, meter)
       late = None
       with meter.pause():
-        if evaluates and not stop:
-          evaluated = evaluate_all()
-          if evaluated:
-            log.scalars(step, evaluated)
-        if studies and not stop:
-          finish.study(
-            program, state.params, dataset, workdir, log, step, hurry
-          )
-        stop = stop or _stop_requested(interrupts, step, config.train.log_every)
+        owed = due if stop else look(step, due)
+        stop = stop or _stop_requested(signals, step)
         if saves or stop:
-          seconds = seconds_before + time.monotonic() - started
-          checkpoints.save(
-            step,
-            state,
-            {'data': loader.state(), 'seconds': seconds, **described},
-          )
+          extra = {
+            'data': loader.state(),
+            'seconds': seconds_before + time.monotonic() - started,
+            _OWED: sorted(owed),
+          }
+          checkpoints.save(step, state, extra | described)
         checkpoints.poll()
       if stop:
         checkpoints.wait()
@@ -199,7 +217,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       if not evaluated:  # It was complete when it was started again.
         evaluated = evaluate_all()
       if parts:
-        tested = evaluate_task(state.params, 'test', hurry)
+        tested = evaluate_task(state.params, 'test', signals.heard)
         log.scalars(config.train.steps, tested)
         evaluated |= tested
       seconds = seconds_before + time.monotonic() - started
@@ -207,6 +225,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
         program, state.params, dataset, workdir, log, evaluated, seconds
       )
   return 0
+
+
+@contextlib.contextmanager
+def _mended_by_the_user() -> Iterator[None]:
+  """Makes a ConfigError of what data raise that are damaged or do not fit."""
+  try:
+    yield
+  except config_lib.ConfigError:
+    raise
+  except ValueError as error:
+    raise config_lib.ConfigError(str(error)) from error
 
 
 def _open_loader(
@@ -228,57 +257,19 @@ def _open_loader(
   )
 
 
-def _divides(every: int, step: int) -> bool:
-  return bool(every) and step % every == 0
-
-
-def _stop_requested(
-  interrupts: guard.Interrupts, step: int, every: int
-) -> str | None:
-  """The signal that asked for the end; all processes agree on it."""
-  if jax.process_count() == 1:
-    return interrupts.requested
-  if step % every:
-    return None
-  mine = np.int32(interrupts.requested is not None)
-  if multihost_utils.process_allgather(mine).any():
-    return interrupts.requested or 'A signal to another process'
-  return None
-
-
-class _Meter:
-  """Speed and time left, with pauses (evaluation, saving) left out."""
-
-  def __init__(self, program: step_lib.Program, peak: float, first: int):
-    c = program.config
-    self.tokens_per_step = c.data.batch_size * c.data.seq_len
-    self._flops_per_token = flops.train_flops_per_token(
-      c, program.abstract.params
+def _refuse_shorter(config: ConfigDict, workdir: pathlib.Path, at: int) -> None:
+  if at > config.train.steps:
+    raise config_lib.ConfigError(
+      f'config.train.steps={config.train.steps}, but {workdir} stands at step'
+      f' {at}: its parameters are not those of the earlier step. Give at least'
+      f' {at}, or take another workdir.'
     )
-    self._peak, self._total = peak, c.train.steps
-    self._last, self._since = first, time.monotonic()
 
-  @contextlib.contextmanager
-  def pause(self):
-    """Leaves the time of the body out."""
-    begin = time.monotonic()
-    yield
-    self._since += time.monotonic() - begin
 
-  def read(self, step: int) -> dict[str, float]:
-    """The log's speeds since the last call, at `step`."""
-    now = time.monotonic()
-    seconds_per_step = (now - self._since) / max(1, step - self._last)
-    self._last, self._since = step, now
-    tokens_per_s = self.tokens_per_step / seconds_per_step
-    flops_per_s = tokens_per_s * self._flops_per_token
-    return {
-      'train/tokens': step * self.tokens_per_step,
-      'train/tokens_per_s': tokens_per_s,
-      'train/eta_s': (self._total - step) * seconds_per_step,
-      'train/flops_per_s': flops_per_s,
-      'train/flops_share': flops_per_s / self._peak,
-    }
+def _stop_requested(signals: guard.Agreement, step: int) -> str | None:
+  """The signal that asked for the end, after a step."""
+  del step  # Of those who stop a run at one.
+  return signals.heard()
 
 
 def _settle(
@@ -288,7 +279,7 @@ def _settle(
   state: step_lib.State,
   program: step_lib.Program,
   log: metrics.Logger,
-  meter: _Meter,
+  meter: flops.Meter,
 ) -> None:
   """Waits for a step's measurements; logs them where that is due."""
   config = program.config

@@ -70,7 +70,7 @@ def stopped_at(patch, stop):
   patch.setattr(
     train,
     '_stop_requested',
-    lambda _, step, __: 'SIGTERM' if step == stop else None,
+    lambda _, step: 'SIGTERM' if step == stop else None,
   )
   patch.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
 

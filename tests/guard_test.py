@@ -1,5 +1,6 @@
 """Tests of qat.guard, in processes that signals and limits may end."""
 
+import os
 import signal
 import subprocess
 import textwrap
@@ -137,6 +138,36 @@ def test_a_forked_childs_signals_are_its_own():
     """
   )
   assert processes.finish(process)[:2] == (0, '15 None\n')
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_is_heard_by_all_at_the_same_call():
+  body = """
+  import jax
+  import numpy as np
+  jax.distributed.initialize(
+    f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]), initialization_timeout=30)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ('a', 'b'))
+  with guard.Interrupts() as interrupts:
+    signals = guard.Agreement(interrupts, mesh)
+    found = [signals.heard() for _ in range(3)]
+    if jax.process_index() == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+      while not interrupts.requested:
+        time.sleep(0.01)
+    found += [signals.heard() for _ in range(3)]
+  print(found, interrupts.exit_code())
+  """
+  port = 20_000 + os.getpid() % 20_000
+  flags = '--xla_force_host_platform_device_count=2'
+  runs = [
+    processes.start(HEAD + textwrap.dedent(body), port, i, XLA_FLAGS=flags)
+    for i in range(2)
+  ]
+  for run in runs:
+    out, err = run.communicate(timeout=120)
+    expected = f'{[None] * 4 + ["SIGTERM"] * 2} 143\n'
+    assert out.endswith(expected), err
 
 
 # ----------------------------------------------------------------- time limits

@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_needs_the_model_until_it_has_a_checkpoint(
   config, workdir = starts.get('fp', source, data), tmp_path / 'run'
 
   def killed_at(stop):
-    def check(_, step, __):
+    def check(_, step):
       if step == stop:
         raise RuntimeError('killed')
 
@@ -172,7 +172,7 @@ def test_a_run_carries_quantized_matrices(
     patch.setattr(
       train,
       '_stop_requested',
-      lambda _, step, __: 'TERM' if step == 3 else None,
+      lambda _, step: 'TERM' if step == 3 else None,
     )
     patch.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
     assert train.run(config, tmp_path) == 143

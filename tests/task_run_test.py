@@ -199,7 +199,7 @@ def runs(folder, tmp_path_factory):
       stop.setattr(
         train,
         '_stop_requested',
-        lambda _, step, __: 'SIGTERM' if step == STOP + 1 else None,
+        lambda _, step: 'SIGTERM' if step == STOP + 1 else None,
       )
       stop.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
       assert train.run(config, out / 'stopped') == 143

@@ -102,7 +102,7 @@ def stop_at(monkeypatch, stop: int) -> None:
   monkeypatch.setattr(
     train,
     '_stop_requested',
-    lambda _, step, __: 'SIGTERM' if step == stop else None,
+    lambda _, step: 'SIGTERM' if step == stop else None,
   )
 
 
@@ -279,7 +279,7 @@ def test_parameters_may_be_split(cache_dir, tmp_path):
 
 
 def test_a_signal_during_an_evaluation_saves_at_once(
-  cache_dir, tmp_path, monkeypatch
+  complete, cache_dir, tmp_path, monkeypatch
 ):
   evaluate_fully = evaluate.evaluate
 
@@ -294,6 +294,25 @@ def test_a_signal_during_an_evaluation_saves_at_once(
     assert train.run(config, tmp_path) == 143
   assert manifest.steps(tmp_path / 'checkpoints')[-1] == 4
   assert not any('eval/loss' in row for row in metrics.read(tmp_path))
+  # What it kept from being measured is measured first; again it may come.
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, 'evaluate', interrupted)
+    assert train.run(config, tmp_path) == 143
+  assert manifest.steps(tmp_path / 'checkpoints')[-1] == 4
+  assert train.run(config, tmp_path) == 0
+  assert outcomes.outcome(tmp_path) == outcomes.outcome(complete)
+
+
+def test_a_run_cannot_become_shorter_than_it_is(
+  cache_dir, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    stop_at(patch, 5)
+    patch.setattr(guard.Interrupts, 'exit_code', lambda _: 143)
+    assert train.run(small(cache_dir), tmp_path) == 143
+  shorter = small(cache_dir, **{'train.steps': 4})
+  with pytest.raises(config_lib.ConfigError, match='stands at step 5'):
+    train.run(shorter, tmp_path)
 
 
 @pytest.mark.slow
@@ -309,3 +328,9 @@ def test_experts_log_their_load(cache_dir, tmp_path):
 
 
 _LOAD = 'health/expert_load/block_0/0'
+
+
+def test_data_that_do_not_fit_are_the_users_to_mend(cache_dir, tmp_path):
+  config = small(cache_dir, **{'data.batch_size': 8 * 10**6})
+  with pytest.raises(config_lib.ConfigError, match='8000000'):
+    train.run(config, tmp_path)
