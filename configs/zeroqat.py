@@ -3,7 +3,7 @@ r"""ZeroQAT (arXiv 2509.00031): training of a quantized model by forward passes.
 The whole path, from somebody's model to numbers before and after:
 
   python scripts/import_model.py HuggingFaceTB/SmolLM2-135M --out models/smollm2
-  python scripts/prepare_data.py wiki.txt --out data/wiki \
+  python scripts/prepare_data.py wiki.jsonl --out data/wiki \
       --tokenizer models/smollm2/tokenizer.json
   python scripts/quantize.py --config=configs/ptq/omniquant.py:zeroqat-w4a4 \
       --model=models/smollm2 --dataset=data/wiki --out=models/zeroqat-w4a4
@@ -101,6 +101,8 @@ OPTIONS = ('task', 'light', 'ste', 'joint')
 # is trained in 'joint' alone, as the paper writes.
 WEIGHTS = r'.*(kernel|embedding|head|positions)'
 LIGHT = r'.*attn/(q|v)/kernel'
+# The code's trainer for tasks trains norms and biases, too.
+TASK = r'.*(kernel|embedding|head|positions|norm/scale|bias)'
 
 
 def get_config(variant: str = 'w4a4'):
@@ -166,6 +168,8 @@ def get_config(variant: str = 'w4a4'):
   config.checkpoint.keep_last = 1
   if 'task' in words:
     _task(config)
+    if 'light' not in words:
+      zo.perturbed = TASK
   if 'joint' in words:
     zo.quantizer_eps = 0.01
   if 'ste' in words:
@@ -200,8 +204,10 @@ def _quantization(config, setting: dict[str, Any], light: bool) -> None:
 def _task(config) -> None:
   """Table C.1: batch 32 or 16, 8K steps, 1e-6 or 5e-7, eps 1e-3.
 
-  BoolQ's documents have two choices each, and its loss in MeZO is theirs.
+  BoolQ's documents have two choices each, and its loss in MeZO is theirs. The
+  code's trainer for tasks does not clip slopes.
   """
+  config.zo.clip = 0.0
   config.optim.peak_lr = 1e-6
   config.zo.eps = 1e-3
   config.data.batch_size = 2 * 16  # Rows of 16 documents.

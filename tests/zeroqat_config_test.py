@@ -96,6 +96,17 @@ def test_the_hyper_parameters_of_the_paper():
   task = zeroqat.get_config('w2a16,task')
   assert (task.data.batch_size, task.train.steps) == (32, 8000)
   assert task.data.task_choices == 2  # So 16 documents.
-  assert (task.optim.peak_lr, task.zo.eps) == (1e-6, 1e-3)
+  assert (task.optim.peak_lr, task.zo.eps, task.zo.clip) == (1e-6, 1e-3, 0)
+  for path, on_text in (
+    ('blocks/attn/q/kernel', True),
+    ('blocks/ffn/norm/scale', False),
+    ('blocks/attn/q/bias', False),
+    ('final_norm/scale', False),
+  ):
+    assert re.fullmatch(task.zo.perturbed, path)
+    assert bool(re.fullmatch(config.zo.perturbed, path)) == on_text
+  assert not re.fullmatch(task.zo.perturbed, 'blocks/attn/q/clip_high')
+  light = zeroqat.get_config('w4a4,task,light')
+  assert light.zo.perturbed == zeroqat.LIGHT and not light.zo.clip
   sizes = task.data.task_train, task.data.task_dev, task.data.task_test
   assert sizes == (1000, 500, 1000)

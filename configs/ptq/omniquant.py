@@ -23,13 +23,15 @@ from configs.ptq import common
 _ZEROQAT = dict(lwc_init=3.0, lwc_lr=1e-2, let_lr=1e-2, aug_loss=True)
 
 # By the bits of weights and of inputs: fields that differ from the first. Of
-# LLaMA; for OPT with quantized inputs the paper shifts, too (let_shift=True),
-# and starts from alpha 0.5.
+# LLaMA; for OPT with quantized inputs the papers shift, too (let_shift=True),
+# and OmniQuant starts from alpha 0.5, ZeroQAT from 0.75.
 SETTINGS: dict[str, dict[str, Any]] = {
   'w4a16': {},
   'w2a16': dict(bits=2, epochs=40, aug_loss=True),
   'w4a4': dict(let=True, alpha=0.75),
-  'zeroqat-w4a4': dict(**_ZEROQAT, epochs=2, let=True, alpha=0.75),
+  'zeroqat-w4a4': dict(
+    **_ZEROQAT, epochs=2, let=True, let_v_ones=True, alpha=0.75
+  ),
   'zeroqat-w2a16': dict(**_ZEROQAT, epochs=4, bits=2, group_size=128),
 }
 
@@ -60,6 +62,7 @@ def get_config(setting: str = 'w4a16') -> ConfigDict:
       # Queries against keys, as the paper does, whose products are of quantized
       # numbers. Here they are not, and such scales change nothing.
       let_qk=False,
+      let_v_ones=False,  # Scales of v against o start at 1.
       let_lr=5e-3,  # 1e-3 in some of the released scripts.
       alpha=0.5,  # Of SmoothQuant's scales, from which they start.
       epochs=20,

@@ -34,6 +34,8 @@ class Options:
     let: whether equivalent transformations are learned.
     let_shift: whether they also shift, where norms and layers have biases.
     let_qk: whether queries and keys are scaled against each other.
+    let_v_ones: whether scales of v against o start at 1, as in ZeroQAT's code;
+      else at SmoothQuant's.
     let_lr: learning rate of the transformations.
     alpha: of SmoothQuant's scales, at which they start.
     epochs: passes over the calibration sequences for each block.
@@ -50,6 +52,7 @@ class Options:
   let: bool
   let_shift: bool
   let_qk: bool
+  let_v_ones: bool
   let_lr: float
   alpha: float
   epochs: int
@@ -76,7 +79,7 @@ def check(options: Options, shape: tuple[int, int]) -> None:
   ):
     if not fine:
       raise ValueError(f'{name}={getattr(options, name)!r} must be {want}.')
-  for name in ('let_shift', 'let_qk'):
+  for name in ('let_shift', 'let_qk', 'let_v_ones'):
     if getattr(options, name) and not options.let:
       raise ValueError(
         f'{name}=True with let=False: a part of the transformations, of which'

@@ -89,7 +89,7 @@ def start(
   heads: Heads,
   options: omniquant.Options,
 ) -> dict[str, jax.Array]:
-  """What is trained: SmoothQuant's scales, and shifts to the inputs' middle.
+  """Where training starts: SmoothQuant's scales, shifts to the inputs' middle.
 
   Args:
     params: of a block.
@@ -109,8 +109,12 @@ def start(
       found[f'{norm}/shift'] = of.middle_K
   of, o_KN = ranges['attn/o'], _leaves(params, 'attn/o')['kernel']
   most_C = heads.shared(jnp.max(jnp.abs(o_KN), 1))
-  found['attn/v/scale'] = smoothquant.scales(
-    heads.shared(of.absmax_K), [most_C[:, None]], smooth
+  found['attn/v/scale'] = (
+    jnp.ones_like(most_C)
+    if options.let_v_ones
+    else smoothquant.scales(
+      heads.shared(of.absmax_K), [most_C[:, None]], smooth
+    )
   )
   if options.let_shift and _biased(params, ('attn/v', 'attn/o')):
     middle_C = of.middle_K.reshape(heads.keys, -1, heads.width)

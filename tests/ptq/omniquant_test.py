@@ -161,6 +161,7 @@ def test_a_setting_changes_what_the_paper_changes():
   short = config.get_config('zeroqat-w4a4')
   assert short.latent and short.activation == 'int4_asym'
   assert short.method.epochs == 2 and short.method.lwc_init == 3.0
+  assert short.method.let_v_ones
   assert not config.get_config('w4a4').latent
   with pytest.raises(ValueError, match="'w9'.*w4a16, w2a16, w4a4"):
     config.get_config('w9')

@@ -99,6 +99,19 @@ def test_folded_transformations_leave_the_models_function(name):
   jax.tree.map(np.testing.assert_array_equal, block, again)
 
 
+def test_values_start_at_smoothquants_scales_or_at_1():
+  config, readers, heads = model('grouped')
+  block = clean.params(config)['block_0']
+  smooth, ones = (
+    transforms.start(block, ranges(), readers, heads, options(let_v_ones=v))
+    for v in (False, True)
+  )
+  assert np.std(smooth['attn/v/scale']) > 0.1
+  np.testing.assert_array_equal(ones.pop('attn/v/scale'), np.ones(16))
+  for name, value in ones.items():
+    np.testing.assert_array_equal(value, smooth[name])
+
+
 def test_scales_of_queries_that_break_pairs_would_change_the_function():
   config, readers, heads = model('llama')
   params = clean.params(config)
