@@ -109,8 +109,8 @@ def base(size: str) -> ConfigDict:
   model.attention = 'auto'
   # What a block keeps of its forward pass until the backward pass. 'none': all
   # that is read again. 'dots': its input, attention's output, what products of
-  # floats return, the int8 inputs of quantized products; element-wise work and
-  # products of int8 codes are done again. 'block': its input alone.
+  # floats return; element-wise work and products of int8 codes are done again.
+  # 'block': its input alone.
   model.remat = 'block' if paper else 'none'
   # One block is compiled and a loop runs it over all layers, whose parameters
   # are stacked; rules may then not tell layers apart.

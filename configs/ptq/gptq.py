@@ -5,7 +5,7 @@ r"""GPTQ (2210.17323): later inputs absorb the rounding errors of earlier ones.
   python scripts/quantize.py --config=configs/ptq/gptq.py --model=MODEL \
       --dataset=DATA --out=models/gptq3 --config.method.bits=3
 
-About a minute for each 10M parameters on two cores, 128 x 512 tokens.
+About 20 seconds for each 10M parameters on two cores, 128 x 512 tokens.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@ r"""Round to nearest, the baseline that needs nothing but the weights.
   python scripts/quantize.py --config=configs/ptq/rtn.py --model=MODEL \
       --out=models/rtn4 --no-eval
 
-Seconds for a model of 100M parameters on two cores. At 4 bits a channel the
-loss grows by a few percent; at 3 bits a model is hurt and at 2 it is gone.
+Seconds for a model of 100M parameters on two cores. How much
+a model loses depends on how much it has learned: docs/results.md.
 """
 
 from ml_collections import ConfigDict
