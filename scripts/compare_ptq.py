@@ -24,6 +24,7 @@ import subprocess
 import sys
 from typing import Any
 
+from qat.data import files
 from qat.data import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,6 +88,9 @@ def main(arguments: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
       progress.note(f'Error: {name}: {shlex.join(map(str, error.cmd))} failed.')
       status = 1
+    except ValueError as error:
+      progress.note(f'Error: {error}')
+      return 2
     except KeyboardInterrupt:
       progress.note('Stopped; the same command goes on.')
       return 130
@@ -129,24 +133,30 @@ def commands(name: str, options: argparse.Namespace) -> dict[str, list[str]]:
 def _variant(name: str, options: argparse.Namespace) -> None:
   """Does what is not done yet."""
   folder = options.out / name
-  answer = folder / 'evaluation.json'
+  answer, record = folder / 'evaluation.json', folder / 'commands.json'
+  run = commands(name, options)
+  if record.is_file() and json.loads(record.read_text('utf-8')) != run:
+    raise ValueError(
+      f'{folder} was made by other commands ({record}): another model, or other'
+      ' arguments. Take another --out, or remove the folder.'
+    )
   if answer.is_file():
     return
-  run = commands(name, options)
   if options.dry_run:
     print(*map(shlex.join, run.values()), sep='\n')
     return
   folder.mkdir(parents=True, exist_ok=True)
+  files.write(record, json.dumps(run, indent=2).encode())
   report = folder / 'report.json'
   if 'quantize' in run and not report.is_file():
     shutil.rmtree(folder / 'model', ignore_errors=True)
     progress.note(f'{name}: quantizing')
     subprocess.run(run['quantize'], check=True, stdout=subprocess.DEVNULL)
-    shutil.copyfile(folder / 'model' / 'report.json', report)
+    files.write(report, (folder / 'model' / 'report.json').read_bytes())
   progress.note(f'{name}: evaluating')
   done = subprocess.run(run['evaluate'], check=True, stdout=subprocess.PIPE)
   json.loads(done.stdout)  # Whole, or an error here.
-  answer.write_bytes(done.stdout)
+  files.write(answer, done.stdout)
   if not options.keep:
     shutil.rmtree(folder / 'model', ignore_errors=True)
 

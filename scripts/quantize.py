@@ -33,6 +33,7 @@ if __name__ == '__main__':
 
 import argparse
 from collections.abc import Sequence
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -94,6 +95,7 @@ def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
   examples = None
   if plan.needs_examples(ptq):
     examples = _examples(ptq, model, dataset)
+    examples_lib.check(examples, model.config, ptq.algorithm)
   if not options.eval:
     dataset = None
   elif dataset is None:
@@ -102,8 +104,9 @@ def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
       ' --dataset, or --no-eval.'
     )
   parts = out.absolute().with_name(out.name + '.parts')
-  store = partial.Store(parts, _settings(model, ptq, examples))
+  parts.mkdir(parents=True, exist_ok=True)
   with files.lock(parts, wait=False):
+    store = partial.Store(parts, _settings(model, ptq, examples))
     evaluation = {}
     if dataset is not None:
       evaluation['before'] = _stored_evaluation(store, model, ptq, dataset)
@@ -116,27 +119,32 @@ def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
         store,
         lambda done, total, words: bar(1000 * done // total, words),
       )
-    folder.save(
-      out,
-      result.config,
-      result.leaves(),
-      model.tokenizer,
-      begin=model.begin,
-      end=model.end,
-      source={
-        'format': 'quantized',
-        'algorithm': ptq.algorithm,
-        'settings': _plain(ptq),
-        'calibration': examples and examples.source,
-        'model': model.source,
-      },
-    )
+    # Until its report is there, too, it is a part like others.
+    made_at = parts / 'model'
+    if not made_at.exists():
+      folder.save(
+        made_at,
+        result.config,
+        result.leaves(),
+        model.tokenizer,
+        begin=model.begin,
+        end=model.end,
+        source={
+          'format': 'quantized',
+          'algorithm': ptq.algorithm,
+          'settings': _plain(ptq),
+          'calibration': examples and examples.source,
+          'model': model.source,
+        },
+      )
     sizes = report.memory() | {
-      'model_bytes': sum(file.stat().st_size for file in out.iterdir())
+      'model_bytes': sum(file.stat().st_size for file in made_at.iterdir())
     }
-    del model  # The quantized one takes its place.
+    # The quantized model takes the place of the one it was made of.
+    del model
+    result = dataclasses.replace(result, leaves=lambda: iter(()))
     if dataset is not None:
-      saved = load.load_model(out, None)
+      saved = load.load_model(made_at, None)
       evaluation['after'] = _evaluate(saved, ptq, dataset, 'after')
     made = report.make(
       result,
@@ -145,14 +153,16 @@ def _quantize(options: argparse.Namespace, ptq: ConfigDict) -> dict[str, Any]:
       examples=examples and examples.source,
       evaluation=evaluation,
       sizes=sizes,
+      whole=not store.begun,
     )
     text = json.dumps(report.finite(made), indent=2, allow_nan=False) + '\n'
     for name, content in (
       ('report.json', text),
       ('report.html', report.page(made)),
     ):
-      files.write(out / name, content.encode())
-  store.remove()
+      files.write(made_at / name, content.encode())
+    files.rename(made_at, out)
+    store.remove()
   return made
 
 
@@ -229,9 +239,10 @@ def _stored_evaluation(
   ptq: ConfigDict,
   dataset: dataset_lib.Dataset,
 ) -> dict[str, float]:
-  if not store.has('before'):
-    store.save('before', {}, _evaluate(model, ptq, dataset, 'before'))
-  return store.load('before')[1]
+  name = f'before-{dataset.digest[:16]}'
+  if not store.has(name):
+    store.save(name, {}, _evaluate(model, ptq, dataset, 'before'))
+  return store.load(name)[1]
 
 
 def _evaluate(

@@ -85,7 +85,7 @@ def test_the_table_and_what_is_finished(tmp_path, processes, capsys):
   expected = '3.250 | 12.000 | 20.500 | 1.250 | 1.2e+05 | 4.000 | 0.610 |'
   assert table[3].endswith(expected)
   # Finished variants stay, and are told with new ones.
-  assert run(tmp_path, '--methods=rtn-4') == 0
+  assert run(tmp_path, '--methods=rtn-4', *more) == 0
   assert len(processes.commands) == 5 + 2
   rows = json.loads((tmp_path / 'out' / 'table.json').read_text())
   assert [row['variant'] for row in rows] == [
@@ -114,3 +114,15 @@ def test_an_unknown_variant_is_refused(tmp_path, processes, capsys):
   assert run(tmp_path, '--methods=gptq-5') == 2
   assert 'no gptq-5; there are rtn-4' in capsys.readouterr().err
   assert not processes.commands
+
+
+def test_other_commands_do_not_mix_with_what_is_there(
+  processes, tmp_path, capsys
+):
+  assert run(tmp_path, '--methods=rtn-4') == 0
+  assert run(tmp_path, '--methods=rtn-4') == 0  # Nothing is to be done.
+  done = len(processes.commands)
+  capsys.readouterr()
+  assert run(tmp_path, '--methods=rtn-4', '--evaluate=--limit=3') == 2
+  assert 'made by other commands' in capsys.readouterr().err
+  assert len(processes.commands) == done

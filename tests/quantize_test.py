@@ -220,6 +220,37 @@ def test_a_stopped_command_goes_on_to_the_same_model(
     assert whole.read_bytes() == here.read_bytes()
 
 
+def test_a_stop_in_the_last_evaluation_leaves_no_half_of_a_result(
+  model, data, tmp_path, monkeypatch
+):
+  out, real = tmp_path / 'out', quantize._evaluate
+  more = ('--dataset', str(data), '--config.layers=block_0/attn/q')
+
+  def stopped(loaded, ptq, dataset, when):
+    if when == 'after':
+      raise KeyboardInterrupt
+    return real(loaded, ptq, dataset, when)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(quantize, '_evaluate', stopped)
+    assert call(model, out, 'rtn', *more) == 130
+  assert not out.exists()
+  # What was measured before, on these data, is not measured again.
+  whens = []
+
+  def told(loaded, ptq, dataset, when):
+    whens.append(when)
+    return real(loaded, ptq, dataset, when)
+
+  monkeypatch.setattr(quantize, '_evaluate', told)
+  assert call(model, out, 'rtn', *more) == 0
+  assert whens == ['after']
+  assert [p.name for p in tmp_path.iterdir()] == ['out']
+  made = json.loads((out / 'report.json').read_text())
+  assert set(made['evaluation']) == {'before', 'after'}
+  assert 'seconds' not in made['totals']
+
+
 @pytest.mark.parametrize(
   ('stem', 'more', 'expected'),
   [

@@ -179,10 +179,10 @@ def _quantized(
   job: job_lib.Job, block: str, leaves: Mapping[str, Any]
 ) -> dict[str, Any]:
   """A block's parameters with the values of its quantized matrices."""
-  params = job.block(block)
+  params, bias = job.block(block), job.plan.core.bias
   for path, leaf in leaves.items():
     name = path.removeprefix(f'{block}/')
-    params = calibrate.with_kernel(params, name, leaf.dequantize())
+    params = calibrate.with_kernel(params, name, leaf.dequantize(), bias)
   return params
 
 
@@ -218,7 +218,7 @@ def _quantize_block(
       notes.append(dataclasses.asdict(_record(path, w_KN, one, mine)))
       del w_KN  # Nothing of a group is to stay on the device but its values.
       if calibration:
-        params = calibrate.with_kernel(params, name, one.value_KN)
+        params = calibrate.with_kernel(params, name, one.value_KN, core.bias)
   return packed, notes
 
 

@@ -7,6 +7,7 @@ batch. All functions are jitted once: the parameters of a block are an argument,
 so that every block is the first to them.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -315,8 +316,22 @@ def kernel(params: Mapping, name: str) -> jax.Array:
   return params[part][layer]['kernel']
 
 
-def with_kernel(params: Mapping, name: str, w_KN: jax.Array) -> dict[str, Any]:
-  """The parameters of a block with another matrix in the layer `name`."""
+def with_kernel(
+  params: Mapping,
+  name: str,
+  w_KN: jax.Array,
+  bias: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
+  """The parameters of a block with another matrix in the layer `name`.
+
+  Args:
+    params: of the block.
+    name: of the layer.
+    w_KN: its new matrix.
+    bias: what becomes of its bias, if it has one; None: nothing.
+  """
   part, layer = name.split('/')
   changed = {**params[part][layer], 'kernel': w_KN}
+  if bias is not None and 'bias' in changed:
+    changed['bias'] = jnp.asarray(bias(np.asarray(changed['bias'])))
   return {**params, part: {**params[part], layer: changed}}

@@ -167,6 +167,35 @@ def from_prompts(
   return Examples(tokens_ST, weights_ST, source)
 
 
+def check(
+  examples: Examples | None, config: ConfigDict, algorithm: str
+) -> None:
+  """Raises a ValueError for no examples, or such as a model cannot read.
+
+  Args:
+    examples: the calibration sequences.
+    config: of the model.
+    algorithm: what needs them.
+  """
+  if examples is None:
+    raise ValueError(
+      f'config.algorithm={algorithm!r} needs calibration sequences.'
+    )
+  most, length = config.model.max_positions, examples.tokens_ST.shape[1]
+  if 0 < most < length:
+    raise ValueError(
+      f'Calibration sequences of {length} tokens; the model takes at most'
+      f' {most}. Lower config.calibration.length, or give shorter texts.'
+    )
+  highest = int(examples.tokens_ST.max())
+  if highest >= config.model.vocab_size:
+    raise ValueError(
+      f'Calibration token {highest} is none of the model, which has'
+      f' {config.model.vocab_size}: {examples.source} was prepared with another'
+      ' tokenizer.'
+    )
+
+
 def _texts(path: pathlib.Path, field: str) -> list[str]:
   if not path.is_file():
     raise FileNotFoundError(
@@ -174,7 +203,10 @@ def _texts(path: pathlib.Path, field: str) -> list[str]:
       f' JSON object a line, with its text in {field!r}.'
     )
   texts = []
-  for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
+  # Not `splitlines`: JSON strings may hold other ends of lines than these.
+  for number, line in enumerate(path.read_text('utf-8').split('\n'), 1):
+    if not line.strip():
+      continue
     try:
       text = json.loads(line)[field]
     except (ValueError, KeyError, TypeError) as error:

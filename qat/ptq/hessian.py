@@ -65,7 +65,8 @@ def factor(
       f'Statistics of tokens={float(statistics.tokens)}: calibrate with at'
       ' least one token before quantizing.'
     )
-  for raises in range(MAX_RAISES + 1):
+  attempts = MAX_RAISES + 1 if percdamp else 1  # 0 stays 0.
+  for raises in range(attempts):
     found = attempt(
       jnp.array(statistics.gram_KK, jnp.float32),  # Always a copy.
       statistics.tokens,
@@ -78,7 +79,7 @@ def factor(
     del found  # It is as large as the copy for the next attempt.
   raise ValueError(
     f'The Hessian of {statistics.absmax_K.size} inputs has no Cholesky factor'
-    f' with percdamp={percdamp}, added {MAX_RAISES + 1} times; raise'
+    f' with percdamp={percdamp}, added {attempts} times; raise'
     ' percdamp, and look for NaN or infinite activations.'
   )
 

@@ -61,7 +61,8 @@ class Job:
     """Checks that all of it fits together; see `apply.quantize`."""
     self.config, self.params, self.ptq = config, params, ptq
     self.plan = plan_lib.make(config, params, ptq)
-    plan_lib.check_examples(config, ptq, examples)
+    if plan_lib.needs_examples(ptq):
+      examples_lib.check(examples, config, ptq.algorithm)
     self.examples, self.store = examples, store
     self.blocks = [f'block_{i}' for i in range(config.model.n_layers)]
     self.scales: dict[str, np.ndarray] = {}

@@ -7,6 +7,7 @@ then both streams go on. What a block has learned is a part of the store.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -141,7 +142,7 @@ def with_clips(params: Mapping, learned: Mapping) -> dict[str, Any]:
 
 
 class Streams:
-  """Hidden states of all sequences before some block, batch by batch.
+  """Hidden states of all sequences before some block, batch by batch, on hosts.
 
   Attributes:
     block: the block whose inputs are quantized, if they are.
@@ -162,7 +163,9 @@ class Streams:
     self.block = calibrate.one_block(build(job.plan.config), job.params)
     batches = list(job.examples.batches(options.batch_size))
     self.weights = [jnp.asarray(weights_BT) for _, weights_BT in batches]
-    self._clean = [calibrate.embed(model, top, tokens) for tokens, _ in batches]
+    self._clean = [
+      np.asarray(calibrate.embed(model, top, tokens)) for tokens, _ in batches
+    ]
     self.states = list(self._clean)
     self.targets: list[tuple[jax.Array, ...]] = []
     self.ranges: dict[str, transforms.Range] = {}
@@ -179,18 +182,25 @@ class Streams:
         for x_BTD, weights_BT in zip(self._clean, self.weights, strict=True)
       ]
       self.ranges = {name: _joined(found, name) for name in self._read}
-    self._clean = [forward(block, params, x_BTD) for x_BTD in self._clean]
+    self._clean = _passed(block, params, self._clean)
     self.targets = []
     if keep:
       self.targets = [(y_BTD,) for y_BTD in self._clean]
     if keep and self._options.aug_loss:
-      own = [forward(block, params, x_BTD) for x_BTD in self.states]
+      own = _passed(block, params, self.states)
       both = zip(self.targets, own, strict=True)
       self.targets = [(*targets, y_BTD) for targets, y_BTD in both]
 
   def pass_quantized(self, params: Mapping) -> None:
     """Moves the quantized stream on."""
-    self.states = [forward(self.block, params, x) for x in self.states]
+    self.states = _passed(self.block, params, self.states)
+
+
+def _passed(
+  block: calibrate.OneBlock, params: Mapping, states: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+  """Hidden states after a block, each on the host before the next."""
+  return [np.asarray(forward(block, params, x_BTD)) for x_BTD in states]
 
 
 def _train_block(

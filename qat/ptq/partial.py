@@ -23,7 +23,11 @@ _PREFIX = 'array:'  # Without it, no array could be named 'file' or 'notes'.
 
 
 class Store:
-  """The finished parts of one quantization."""
+  """The finished parts of one quantization.
+
+  Attributes:
+    begun: whether another process began it.
+  """
 
   def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
     """Opens a folder, or makes it.
@@ -38,7 +42,8 @@ class Store:
     self._folder = folder
     file = folder / SETTINGS
     settings = json.loads(json.dumps(dict(settings)))
-    if not file.is_file():
+    self.begun = file.is_file()
+    if not self.begun:
       folder.mkdir(parents=True, exist_ok=True)
       files.write(file, json.dumps(settings, indent=2).encode())
       return

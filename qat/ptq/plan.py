@@ -9,10 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qat.nn import stacked
 from qat.ptq import calibrate
 from qat.ptq import cores
 from qat.ptq import dbellquant
-from qat.ptq import examples as examples_lib
 from qat.ptq import smoothquant
 from qat.ptq import tacq
 from qat.quant import activations
@@ -90,6 +90,12 @@ def make(
   Raises:
     ValueError: naming field, value and remedy.
   """
+  for field in ('sequences', 'length', 'batch_size', 'gradient_batch'):
+    if ptq.calibration[field] < 1:
+      raise ValueError(
+        f'config.calibration.{field}={ptq.calibration[field]} must be at least'
+        ' 1.'
+      )
   there_are = {'algorithm': ALGORITHMS, 'quantizer': cores.QUANTIZERS}
   for field, there in there_are.items():
     if ptq[field] not in there:
@@ -134,8 +140,8 @@ def make(
       'config.latent=True with config.method.symmetric=True: the formats that'
       ' train such grids on have a zero point; set symmetric=False.'
     )
-  if ptq.algorithm in SCALES:
-    SCALES[ptq.algorithm].check(options)
+  if ptq.algorithm in {**SCALES, **KEEPS}:
+    ALGORITHMS[ptq.algorithm].check(options)
   core_options = options
   if ptq.algorithm not in cores.QUANTIZERS:
     core_options = _options(
@@ -151,6 +157,9 @@ def make(
       for path in (f'{block}/{name}' for name in names):
         cores.check_shape(one, path, kernels[path].shape)
   quantized = _with_inputs(config, params, layers, ptq)
+  statistics = ptq.quantizer in cores.CALIBRATED or ptq.output_errors
+  if statistics or ptq.algorithm in cores.LEARNED:
+    _refuse_blocks_apart(quantized, kernels, ptq)
   result = _with_formats(config, params, layers, ptq) if latent else quantized
   return Plan(
     config=quantized,
@@ -159,39 +168,12 @@ def make(
     groups=groups,
     layers=layers,
     core=core,
-    statistics=ptq.quantizer in cores.CALIBRATED or ptq.output_errors,
+    statistics=statistics,
     epochs=options.epochs if ptq.algorithm in cores.LEARNED else None,
     scales=_scales(ptq.algorithm, options),
     corrupt=corrupt,
     options=options,
   )
-
-
-def check_examples(
-  config: ConfigDict,
-  ptq: ConfigDict,
-  examples: examples_lib.Examples | None,
-) -> None:
-  """Raises a ValueError for examples that the model cannot read, or none."""
-  if not needs_examples(ptq):
-    return
-  if examples is None:
-    raise ValueError(
-      f'config.algorithm={ptq.algorithm!r} needs calibration sequences.'
-    )
-  most, length = config.model.max_positions, examples.tokens_ST.shape[1]
-  if 0 < most < length:
-    raise ValueError(
-      f'Calibration sequences of {length} tokens; the model takes at most'
-      f' {most}. Lower config.calibration.length, or give shorter texts.'
-    )
-  highest = int(examples.tokens_ST.max())
-  if highest >= config.model.vocab_size:
-    raise ValueError(
-      f'Calibration token {highest} is none of the model, which has'
-      f' {config.model.vocab_size}: {examples.source} was prepared with another'
-      ' tokenizer.'
-    )
 
 
 def _layers(
@@ -251,6 +233,11 @@ def _options(algorithm: str, section: ConfigDict, field: str) -> Any:
       f'config.{field} has {", ".join(unknown)}, which {algorithm} has not; it'
       f' has {", ".join(sorted(known))}.'
     )
+  # A comparison with NaN is false, so NaN is refused too.
+  if not given.get('percdamp', 0) >= 0:
+    raise ValueError(
+      f'config.{field}.percdamp={given["percdamp"]} must be at least 0.'
+    )
   return kind(**given)
 
 
@@ -284,6 +271,20 @@ def _with_inputs(
   spec = rules_lib.Spec('none', ptq.activation, 'tensor')
   name = f'inputs_{ptq.activation}'
   return _with_rule(config, params, layers, (ptq.layers, name, spec))
+
+
+def _refuse_blocks_apart(
+  config: ConfigDict, kernels: Mapping[str, Any], ptq: ConfigDict
+) -> None:
+  """Raises a ValueError where inputs are quantized in some blocks alone."""
+  rules = rules_lib.make_rules(config.quant.rules, config.quant.specs)
+  if apart := stacked.told_apart(kernels, rules.find):
+    raise ValueError(
+      f'config.activation={ptq.activation!r} with config.layers='
+      f'{ptq.layers!r}: inputs of {apart[0]} and of {apart[1]} would be'
+      ' quantized differently, and one compiled block computes all. Choose'
+      ' layers alike in all blocks, or leave inputs as they are.'
+    )
 
 
 def _with_formats(

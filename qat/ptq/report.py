@@ -71,6 +71,7 @@ def make(
   examples: str | None,
   evaluation: Mapping[str, Mapping[str, float]],
   sizes: Mapping[str, int],
+  whole: bool,
 ) -> dict[str, Any]:
   """All numbers of a quantization, for report.json.
 
@@ -81,6 +82,8 @@ def make(
     examples: what it was calibrated on, for people; None: nothing.
     evaluation: 'before' and 'after' -> numbers of `evaluate`; may be empty.
     sizes: `memory()`, and 'model_bytes' of the files.
+    whole: whether this process has done all of it; else its time is of a part,
+      and no total.
   """
   records = result.records
   weights = sum(r.inputs * r.outputs for r in records)
@@ -90,9 +93,10 @@ def make(
     'weights': weights,
     'stored_bytes': stored,
     'weight_error': float(np.mean([r.weight_error for r in records])),
-    'seconds': sum(result.seconds.values()),
     **sizes,
   }
+  if whole:
+    totals['seconds'] = sum(result.seconds.values())
   outputs = [r.output_error for r in records if r.output_error is not None]
   if outputs:
     totals['output_error'] = float(np.mean(outputs))

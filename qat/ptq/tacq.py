@@ -25,6 +25,14 @@ class Options:
   share: float
 
 
+def check(options: Options) -> None:
+  """Raises a ValueError for a share that is none."""
+  if not 0 <= options.share <= 1:
+    raise ValueError(
+      f'share={options.share} of the weights must be from 0 to 1.'
+    )
+
+
 @jax.jit
 def scores(
   w_KN: jax.Array, gradient_KN: jax.Array, corrupted_KN: jax.Array
@@ -62,8 +70,7 @@ def threshold(score_arrays: Sequence[jax.Array], share: float) -> float:
     ValueError: for another share, no scores, or scores that are negative or not
       finite.
   """
-  if not 0 <= share <= 1:
-    raise ValueError(f'share={share} of the weights must be from 0 to 1.')
+  check(Options(share))
   total = sum(scores.size for scores in score_arrays)
   if not total:
     raise ValueError('No scores: give those of at least one matrix.')

@@ -97,6 +97,13 @@ def test_a_file_that_is_no_list_of_texts_is_refused(
     examples.from_prompts(file, section(**changes), encode)
 
 
+def test_lines_end_where_json_lines_end(tmp_path):
+  file = tmp_path / 'texts.jsonl'
+  line = json.dumps({'text': 'a\u2028b \x85 c'}, ensure_ascii=False)
+  file.write_text(f'{line}\r\n{line}\n\n', 'utf-8')
+  assert examples._texts(file, 'text') == ['a\u2028b \x85 c'] * 2
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path):
   with pytest.raises(FileNotFoundError, match='config.calibration.prompts'):
     examples.from_prompts(tmp_path / 'x', section(), encode)

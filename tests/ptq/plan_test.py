@@ -4,6 +4,7 @@ import pytest
 
 from configs.ptq import smoothquant
 from qat.nn import transformer
+from qat.ptq import examples
 from qat.ptq import plan
 from qat.quant import qtensor
 from qat.quant import rules as rules_lib
@@ -101,16 +102,16 @@ def test_a_plain_layer_has_no_gate():
   found = make('gptq', config)
   assert found.layers['block_1'][4:] == ('ffn/up', 'ffn/down')
   with pytest.raises(ValueError, match='at most 16'):
-    plan.check_examples(config, clean.ptq('gptq'), clean.examples(length=17))
+    examples.check(clean.examples(length=17), config, 'gptq')
 
 
 def test_rules_quantize_the_inputs_of_the_chosen_layers():
   config = clean.config()
-  all_of_them = make('gptq', activation='int6').config
+  all_of_them = make('rtn', activation='int6').config
   rules = rules_lib.make_rules(all_of_them.quant.rules, all_of_them.quant.specs)
   rules.check(rules_lib.kernels(shapes(config)))
   assert rules.find('block_1/attn/o').activation == 'int6'
-  some = make('gptq', activation='int8', layers='block_1/.*').config
+  some = make('rtn', activation='int8', layers='block_1/.*').config
   rules = rules_lib.make_rules(some.quant.rules, some.quant.specs)
   rules.check(rules_lib.kernels(shapes(config)))
   assert rules.find('block_0/attn/o').activation == 'none'
@@ -118,7 +119,7 @@ def test_rules_quantize_the_inputs_of_the_chosen_layers():
 
 
 def test_rules_of_a_latent_result_train_its_grids_on():
-  fields = dict(latent=True, method__bits=2, layers='block_1/.*')
+  fields = dict(latent=True, method__bits=2, layers='.*/ffn/.*')
   for size, activation in ((0, 'none'), (8, 'int4_asym')):
     found = make(
       'omniquant', **fields, method__group_size=size, activation=activation
@@ -160,6 +161,15 @@ def test_tacq_corrupts_with_as_many_bits():
     ('splitquant', {'method.storage': 'none'}, 'storage'),
     ('smoothquant', {'method.alpha': 2.0}, 'alpha=2.0'),
     ('tacq', {'corrupt.group_size': 12}, '12'),
+    ('tacq', {'method.share': 35.0}, 'share=35.0'),
+    ('tacq', {'corrupt.percdamp': -1.0}, 'config.corrupt.percdamp=-1.0'),
+    ('spqr', {'method.percdamp': float('nan')}, 'config.method.percdamp=nan'),
+    ('rtn', {'calibration.gradient_batch': 0}, 'gradient_batch=0 must be'),
+    (
+      'dbellquant',
+      {'activation': 'int8', 'layers': 'block_0/.*'},
+      "config.activation='int8' with config.layers='block_0/.*'",
+    ),
     ('smoothquant', {'quantizer': 'omniquant'}, 'prepares the model itself'),
     ('omniquant', {'method.group_size': 12}, 'block_0/attn/q, 32 x 32: .*12'),
     ('omniquant', {'method.let_qk': True}, 'let=False'),
@@ -201,10 +211,9 @@ def test_a_model_that_was_trained_in_low_bits_is_refused():
 
 
 def test_examples_have_to_be_there_and_to_be_the_models():
-  config, ptq = clean.config(), clean.ptq('gptq')
-  with pytest.raises(ValueError, match='needs calibration sequences'):
-    plan.check_examples(config, ptq, None)
+  config = clean.config()
+  with pytest.raises(ValueError, match="'gptq' needs calibration sequences"):
+    examples.check(None, config, 'gptq')
   with pytest.raises(ValueError, match='another tokenizer'):
-    plan.check_examples(config, ptq, clean.examples(vocabulary=999))
-  plan.check_examples(config, ptq, clean.examples())
-  plan.check_examples(config, clean.ptq('rtn'), None)
+    examples.check(clean.examples(vocabulary=999), config, 'gptq')
+  examples.check(clean.examples(), config, 'gptq')

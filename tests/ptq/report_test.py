@@ -46,6 +46,7 @@ def make(**changes):
     examples='6 x 16 tokens of <data>',
     evaluation=evaluation,
     sizes={'model_bytes': 4096, 'host_peak_bytes': 10**9},
+    whole=True,
   )
   ptq = clean.ptq('gptq')
   quantized = fields.pop('result', None) or changes.pop('result', result())
@@ -58,6 +59,7 @@ def test_bits_are_of_all_that_is_stored_over_all_weights():
   assert totals['bits_per_weight'] == (96 + 96 + 128 + 128) / 128
   assert totals['stored_bytes'] == 56
   assert totals['seconds'] == 3.5
+  assert 'seconds' not in make(whole=False)['totals']
   assert totals['output_error'] == pytest.approx(0.015)
 
 
