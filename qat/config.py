@@ -199,7 +199,8 @@ _SHARES = """optim.decay_fraction optim.switch_fraction
 _LATER = """model.scan_layers model.expert_form model.feature_scaling
   model.experts_per_token model.norm_type model.bias model.positions
   model.rope_scaling.kind optim.scales optim.estimator quant.anneal.shape
-  init.model zo.master data.task data.begin""".split()
+  init.model zo.master zo.quantizer_eps zo.quantizer_lr data.task
+  data.task_choices data.begin""".split()
 
 
 def _number_errors(config: ConfigDict) -> list[str]:

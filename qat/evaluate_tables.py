@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import table as rich_table
+from rich import text as rich_text
 
 from qat import display
 
@@ -25,10 +26,15 @@ def show(found: Numbers) -> None:
 
 
 def _table(title: str, *names: str) -> rich_table.Table:
-  table = rich_table.Table(title=title)
+  table = rich_table.Table(title=_plain(title))
   for i, name in enumerate(names):
     table.add_column(name, justify='right' if i else 'left')
   return table
+
+
+def _plain(name: str) -> rich_text.Text:
+  """A name as it is: brackets in it are no markup."""
+  return rich_text.Text(display.printable(name))
 
 
 def _dataset_table(title: str, found: Numbers) -> rich_table.Table:
@@ -50,7 +56,7 @@ def _texts_table(title: str, texts: Sequence[Numbers]) -> rich_table.Table:
   table = _table(title, 'text', 'windows', 'perplexity', 'bits per byte')
   for text in texts:
     table.add_row(
-      text['text'],
+      _plain(text['text']),
       f'{text["windows"]} of {text["window"]}',
       f'{text["perplexity"]:.3f}',
       f'{text["bits_per_byte"]:.4f}',
@@ -66,7 +72,9 @@ def _tasks_table(title: str, chosen: Sequence[Numbers]) -> rich_table.Table:
     shares = [share(task, key) for key in ('acc', 'acc_norm')]
     perplexity = f'{task["perplexity"]:.2f}' if 'perplexity' in task else ''
     table.add_row(
-      ', '.join(task[k] for k in ('task', 'variant', 'part') if k in task),
+      _plain(
+        ', '.join(task[k] for k in ('task', 'variant', 'part') if k in task)
+      ),
       str(task['documents']),
       *shares,
       perplexity,

@@ -64,14 +64,15 @@ def load(workdir: Path) -> Run:
 
 
 def final_numbers(run: Run) -> dict[str, float]:
-  """The summary; of a run that has none yet, the latest of its numbers."""
-  if run.summary or not run.series:
+  """The summary; the latest numbers of a run that has none, or has gone on."""
+  last = max((float(at[-1]) for at, _ in run.series.values()), default=0.0)
+  if not run.series or run.summary.get('steps', -1) >= last:
     return run.summary
   latest = {key: float(values[-1]) for key, (_, values) in run.series.items()}
   for name in ('tokens', 'tokens_per_s'):
     if f'train/{name}' in latest:
       latest[name] = latest[f'train/{name}']
-  latest['steps'] = max(float(steps[-1]) for steps, _ in run.series.values())
+  latest['steps'] = last
   return {key: latest[key] for key, _, _ in display.SUMMARY if key in latest}
 
 

@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from qat import carried
 from qat import config as config_lib
 from qat import sensitivity
 from qat import sensitivity_files
@@ -130,7 +131,10 @@ def study(
     sequences=calibration.sequences,
     seed=calibration.seed,
   )
-  all_paths = [_paths(config, tokens_BT) for config in configs]
+  all_paths = [
+    _paths(config, workdir, tokens_BT)
+    for config, workdir in zip(configs, workdirs, strict=True)
+  ]
   chosen = [
     _choose(layer, paths, config, workdir)
     for paths, config, workdir in zip(all_paths, configs, workdirs, strict=True)
@@ -209,7 +213,9 @@ def _tokenizer(dataset: dataset_lib.Dataset) -> str:
   return dataset.manifest['tokenizer_sha256']
 
 
-def _paths(config: ConfigDict, tokens_BT: np.ndarray) -> list[str]:
+def _paths(
+  config: ConfigDict, workdir: Path, tokens_BT: np.ndarray
+) -> list[str]:
   """The paths of all records of a run, without a computation."""
   config = config.copy_and_resolve_references().unlock()
   config.mesh.data = config.mesh.fsdp = 1
@@ -222,7 +228,10 @@ def _paths(config: ConfigDict, tokens_BT: np.ndarray) -> list[str]:
     )
     paths.extend(record.path for record in records)
 
-  jax.eval_shape(trace, transformer.abstract_params(model))
+  params = carried.with_shapes(
+    transformer.abstract_params(model), carried.saved(workdir / 'checkpoints')
+  )
+  jax.eval_shape(trace, params)
   return paths
 
 

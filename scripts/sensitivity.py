@@ -82,8 +82,10 @@ def _write(path: pathlib.Path, text: str) -> None:
 def _show(made: sensitivity_study.Study) -> None:
   c = made.calibration
   table = rich_table.Table(
-    title=f'{c.sequences} x {c.seq_len} tokens of {c.dataset}, damping'
-    f' {c.damping:g}'
+    title=rich_text.Text(
+      f'{c.sequences} x {c.seq_len} tokens of {display.printable(c.dataset)},'
+      f' damping {c.damping:g}'
+    )
   )
   table.add_column('run', overflow='fold')
   table.add_column('layer', overflow='fold')

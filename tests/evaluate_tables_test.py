@@ -63,3 +63,10 @@ def test_only_what_was_measured_has_a_table(capsys):
   assert 'documents' not in shown
   assert evaluate_tables.share(FIND, 'acc') == '0.250 ± 0.100'
   assert evaluate_tables.share(FIND, 'acc_norm') == ''
+
+
+def test_brackets_in_names_are_no_markup(capsys):
+  text = {**TEXT, 'text': 'a[/wiki].txt'}
+  evaluate_tables.show({'workdir': 'runs/[lr=1]', 'step': 1, 'texts': [text]})
+  shown = capsys.readouterr().out
+  assert 'runs/[lr=1]' in shown and 'a[/wiki].txt' in shown

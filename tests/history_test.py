@@ -1,5 +1,6 @@
 """Tests of qat.history."""
 
+import dataclasses
 import json
 import math
 
@@ -37,6 +38,13 @@ def test_a_run_under_way_has_its_latest_numbers(tmp_path):
   assert history.final_numbers(run) == {
     'steps': 6, 'eval/loss': 3, 'tokens': 60
   }  # fmt: skip
+
+
+def test_a_run_that_has_gone_on_is_not_where_it_ended_before(tmp_path):
+  run = history.load(runs.write(tmp_path, steps=40, blocks=1))
+  before = run.summary | {'steps': 20, 'eval/loss': 9.0}
+  found = history.final_numbers(dataclasses.replace(run, summary=before))
+  assert found['steps'] == 40 and found['eval/loss'] < 9
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -97,6 +97,7 @@ def prepare(
   """
   _check_options(options, sources, valid)
   out = pathlib.Path(out)
+  sources_lib.refuse_inside(out, (*sources, *valid))
   resolved = {
     'train': sources_lib.resolve(sources),
     'valid': sources_lib.resolve(valid),
@@ -292,7 +293,9 @@ def _tokenizer(
     else:
       with progress.bar('Training the tokenizer', total) as report:
         texts = _tokenizer_texts(resolved, options, report)
-        tokenizer = tokenizer_lib.train(texts, options.vocab_size)
+        tokenizer = tokenizer_lib.train(
+          texts, options.vocab_size, options.end_of_text
+        )
       content = tokenizer.to_str().encode()
     files.write(file, content)
   # Read back in any case: what is used is what is written.

@@ -33,9 +33,10 @@ def bar(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
   start = time.monotonic()
   if console.is_terminal:
     columns = (
-      '{task.description}',
+      # Names as they are: brackets in them are no markup.
+      rich_progress.TextColumn('{task.description}', markup=False),
       rich_progress.BarColumn(),
-      '{task.fields[words]}',
+      rich_progress.TextColumn('{task.fields[words]}', markup=False),
       rich_progress.TimeElapsedColumn(),
       '/',
       rich_progress.TimeRemainingColumn(),

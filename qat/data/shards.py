@@ -180,7 +180,13 @@ def hash64(data: bytes) -> int:
 
 
 def statistics(found: Sequence[pathlib.Path], split: str) -> dict[str, int]:
-  """Sums over runs: documents, empty_documents, tokens, bytes."""
+  """Sums over runs: documents, empty_documents, tokens, bytes.
+
+  Raises:
+    ValueError: there are no runs.
+  """
+  if not found:
+    raise ValueError('The sources have no text.')
   metas = [_meta(run)[split] for run in found]
   return {key: sum(meta[key] for meta in metas) for key in metas[0]}
 
@@ -271,18 +277,25 @@ def _write_shard(
   if not len(tokens):
     return None
   temporary = files.unfinished(work / name)
-  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
-  for start in range(0, len(tokens), dataset_lib.RECORD_TOKENS):
-    writer.write(tokens[start : start + dataset_lib.RECORD_TOKENS].tobytes())
-  writer.close()
-  with temporary.open('rb') as file:
-    os.fsync(file.fileno())
-  reader = array_record_module.ArrayRecordReader(str(temporary))
   records = -(-len(tokens) // dataset_lib.RECORD_TOKENS)
-  # The library can report a failed write late or not at all.
-  if not reader.ok() or reader.num_records() != records:
-    raise OSError(f'{temporary}: could not be written; is the disk full?')
-  reader.close()
+  try:
+    writer = array_record_module.ArrayRecordWriter(
+      str(temporary), 'group_size:1'
+    )
+    for start in range(0, len(tokens), dataset_lib.RECORD_TOKENS):
+      writer.write(tokens[start : start + dataset_lib.RECORD_TOKENS].tobytes())
+    writer.close()
+    with temporary.open('rb') as file:
+      os.fsync(file.fileno())
+    reader = array_record_module.ArrayRecordReader(str(temporary))
+    # The library can report a failed write late or not at all.
+    if not reader.ok() or reader.num_records() != records:
+      raise RuntimeError('records are missing')
+    reader.close()
+  except RuntimeError as error:
+    raise OSError(
+      f'{temporary}: could not be written ({error}); is the disk full?'
+    ) from error
   description = {
     'name': name,
     'records': records,

@@ -154,6 +154,17 @@ def _text(source: Source, place: str, row: Any, field: str) -> str:
   return text
 
 
+def refuse_inside(out: pathlib.Path, names: Sequence[str]) -> None:
+  """Raises a ValueError where `out` would become a part of a source."""
+  for name in names:
+    path = pathlib.Path(name)
+    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+      raise ValueError(
+        f'{str(out)!r} lies in the source {name!r}, of whose files it would'
+        ' become a part; choose a folder elsewhere.'
+      )
+
+
 def _format(path: pathlib.Path) -> str | None:
   """The extension without compression, or None when it is unknown."""
   suffix = path.suffix.lower()

@@ -23,12 +23,15 @@ MIN_VOCAB_SIZE = 257
 MAX_VOCAB_SIZE = 1 << 22
 
 
-def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+def train(
+  texts: Iterable[str], vocab_size: int, end_of_text: str = END_OF_TEXT
+) -> tokenizers.Tokenizer:
   """Trains a lossless byte-level BPE whose token 0 is the end of text.
 
   Args:
     texts: the documents; read once, in bounded memory.
     vocab_size: tokens, including the 256 bytes and the end of text.
+    end_of_text: how token 0 is written.
 
   Returns:
     The tokenizer. It has exactly `vocab_size` tokens.
@@ -48,7 +51,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
     min_frequency=2,
-    special_tokens=[END_OF_TEXT],
+    special_tokens=[end_of_text],
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )

@@ -72,10 +72,17 @@ def write(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   Args:
     file: where; replaced if it exists.
     tensors: contiguous or not, by name.
+
+  Raises:
+    OSError: it could not be written, on a full disk for example.
   """
-  whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-  # Its readers tell formats of several libraries apart by this entry.
-  safetensors_numpy.save_file(whole, file, metadata={'format': 'pt'})
+  # Not `ascontiguousarray`, which makes `[1]` of a scalar.
+  whole = {name: np.asarray(x, order='C') for name, x in tensors.items()}
+  try:
+    # Its readers tell formats of several libraries apart by this entry.
+    safetensors_numpy.save_file(whole, file, metadata={'format': 'pt'})
+  except safetensors.SafetensorError as error:
+    raise OSError(f'{file} could not be written: {error}') from error
   # The library makes it readable for its owner alone.
   file.chmod(file.parent.stat().st_mode & 0o666)
   with open(file, 'rb+') as written:
@@ -105,6 +112,11 @@ def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def check_new(path: pathlib.Path) -> None:
   """Raises a FileExistsError where `path` is more than an empty folder."""
+  if path.is_mount():
+    raise FileExistsError(
+      f'{path} is a mount point, which no finished folder can take the place'
+      ' of; give a folder in it.'
+    )
   if path.exists() and not (path.is_dir() and not any(path.iterdir())):
     raise FileExistsError(
       f'{path} exists already; nothing was written. Remove it, or give another'
@@ -121,7 +133,7 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     FileExistsError: `path` exists and is not an empty folder.
   """
-  path = path.absolute()
+  path = path.resolve()  # Of a link, where it leads.
   check_new(path)
   partial = path.with_name(path.name + '.partial')
   if partial.exists():

@@ -56,7 +56,8 @@ def rebuild(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
   kind = fields['tokenizer.ggml.model']
   if kind == 'gpt2':
     made = _byte_level(fields, tokens)
-    default_begin = False
+    # As in llama.cpp: LLaMA 3's files do not say it.
+    default_begin = fields.get('tokenizer.ggml.pre') == 'llama-bpe'
   elif kind == 'llama':
     made = _sentence_piece(fields, tokens, types)
     default_begin = True

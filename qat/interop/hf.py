@@ -255,9 +255,9 @@ def export(
   by_name = {str(known): known for known in files.DTYPES.values()}
   if dtype not in by_name:
     raise ValueError(f'dtype={dtype!r}; one of {", ".join(by_name)}.')
-  places = tensors.table(config)
   by_path = folder_lib.flat(params)
   _refuse_quantizers(config, by_path)
+  places = tensors.table(config)
 
   def leaf(path: str) -> np.ndarray:
     x = by_path[path]
@@ -311,6 +311,11 @@ def _refuse_quantizers(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
         f'{linear} has weights of format {spec.weight!r} and inputs of'
         f' {spec.activation!r} (config.quant); transformers would run it'
         ' without these quantizers, which is another model.'
+      )
+    if spec.output_norm:
+      raise ValueError(
+        f'{linear} is followed by a norm (output_norm of config.quant), which'
+        ' no model of transformers has there.'
       )
 
 

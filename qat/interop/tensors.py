@@ -19,6 +19,7 @@ import tokenizers
 
 from qat.interop import files
 from qat.nn import transformer
+from qat.quant import rules as rules_lib
 
 _SHOWN = 20  # Lines of a list of differences.
 
@@ -105,9 +106,17 @@ def table(config: ConfigDict) -> dict[str, Place]:
   model = transformer.build(config, 'cpu', 1)
   params = transformer.abstract_params(model)
   names = _OPT if config.model.positions == 'learned' else _LLAMA
+  # What quantizers learn is in the matrices that they make.
+  learned = {
+    f'{linear}/{name}'
+    for linear in rules_lib.kernels(params)
+    for name in model.rules.find(linear).parameters
+  }
   found = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
     path = '/'.join(key.key for key in keys)
+    if path in learned:
+      continue
     name, skipped = _their_name(path, names), 0
     turned = path.endswith('/kernel')
     shape = leaf.shape[::-1] if turned else leaf.shape

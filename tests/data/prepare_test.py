@@ -213,6 +213,18 @@ def test_a_folder_with_other_files_is_refused(
   assert (tmp_path / 'thesis.tex').read_text() == 'do not touch'
 
 
+def test_a_folder_in_a_source_is_refused(
+  tmp_path, jsonl: pathlib.Path, options: Make
+) -> None:
+  (tmp_path / 'texts').mkdir()
+  os.link(jsonl, tmp_path / 'texts' / 'a.jsonl')
+  with pytest.raises(ValueError, match='lies in the source'):
+    prepare.prepare(
+      [str(tmp_path / 'texts')], tmp_path / 'texts' / 'out', options()
+    )
+  assert [p.name for p in (tmp_path / 'texts').iterdir()] == ['a.jsonl']
+
+
 def test_two_at_once(tmp_path, jsonl: pathlib.Path, options: Make) -> None:
   out = tmp_path / 'out'
   out.mkdir()
@@ -258,6 +270,12 @@ def test_sources_without_text(tmp_path, options: Make) -> None:
   (tmp_path / 'a.jsonl').write_text('{"text": ""}\n' * 3)
   with pytest.raises(ValueError, match='no text to train on'):
     prepare.prepare([str(tmp_path / 'a.jsonl')], tmp_path / 'out', options())
+  (tmp_path / 'b.jsonl').write_text('')
+  tokenizer = tmp_path / 'tokenizer.json'
+  tokenizer_lib.train(['the sea ' * 9], 258).save(str(tokenizer))
+  given = options(vocab_size=None, tokenizer=str(tokenizer))
+  with pytest.raises(ValueError, match='The sources have no text'):
+    prepare.prepare([str(tmp_path / 'b.jsonl')], tmp_path / 'b', given)
   with pytest.raises(ValueError, match='No source is given'):
     prepare.prepare([], tmp_path / 'out', options())
 

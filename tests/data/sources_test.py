@@ -119,7 +119,7 @@ def test_a_hugging_face_data_set(tmp_path, monkeypatch) -> None:
 
 def test_a_hugging_face_data_set_without_the_library(monkeypatch) -> None:
   monkeypatch.setitem(__import__('sys').modules, 'datasets', None)
-  with pytest.raises(ImportError, match=r"pip install 'qat\[hf\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '.\[hf\]'"):
     sources_lib.resolve(['allenai/c4:en'])
 
 

@@ -50,6 +50,8 @@ def test_training_is_deterministic_and_exact_in_size(texts: list[str]) -> None:
   first = tokenizer_lib.train(iter(texts), 290)
   assert first.to_str() == tokenizer_lib.train(texts, 290).to_str()
   assert tokenizer_lib.vocab_size(first) == 290
+  other = tokenizer_lib.train(texts, 290, '</s>')
+  assert tokenizer_lib.end_of_text_id(other, '</s>') == 0
 
 
 def test_a_file_gives_the_same_tokens(

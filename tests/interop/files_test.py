@@ -13,6 +13,7 @@ TENSORS = {
   'b/c': np.arange(6, dtype=np.float32).reshape(2, 3).T,
   'd': np.arange(4).astype(ml_dtypes.bfloat16),
   'e': np.arange(3, dtype=np.uint16),
+  'scalar': np.float32(2.5),
 }
 
 
@@ -24,10 +25,21 @@ def test_what_is_written_is_read(tmp_path):
   assert found['d'] == files.Tensor(file, (4,), 'BF16')
   for name, x in TENSORS.items():
     back = files.read(file, name)
-    assert back.dtype == x.dtype
+    assert (back.dtype, back.shape) == (x.dtype, x.shape)
     np.testing.assert_array_equal(back, x)
   # As readable as its folder.
   assert file.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o666
+
+
+def test_what_cannot_be_written_is_an_error_of_the_system(
+  tmp_path, monkeypatch
+):
+  def save_file(*_, **__):
+    raise files.safetensors.SafetensorError('No space left on device')
+
+  monkeypatch.setattr(files.safetensors_numpy, 'save_file', save_file)
+  with pytest.raises(OSError, match='could not be written: No space left'):
+    files.write(tmp_path / 'x.safetensors', TENSORS)
 
 
 @pytest.mark.parametrize('cut', [0, 4, 40, -1])
@@ -95,3 +107,14 @@ def test_nothing_is_written_over(tmp_path, kind):
   with pytest.raises(FileExistsError, match='out exists already'):
     with files.new_folder(out):
       raise AssertionError
+
+
+def test_a_link_leads_to_where_the_folder_appears(tmp_path):
+  (tmp_path / 'there').mkdir()
+  (tmp_path / 'out').symlink_to(tmp_path / 'there')
+  with files.new_folder(tmp_path / 'out') as folder:
+    (folder / 'x').write_text('1')
+  assert (tmp_path / 'there' / 'x').read_text() == '1'
+  assert (tmp_path / 'out').is_symlink()
+  with pytest.raises(FileExistsError, match='/ is a mount point'):
+    files.check_new(files.pathlib.Path('/'))

@@ -214,5 +214,5 @@ def test_a_missing_file_and_a_missing_package(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match='m.gguf'):
     gguf.open_file(tmp_path / 'm.gguf')
   monkeypatch.setitem(sys.modules, 'gguf', None)
-  with pytest.raises(ImportError, match=r"pip install 'qat\[interop\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '.\[interop\]'"):
     gguf.open_file(tmp_path / 'm.gguf')

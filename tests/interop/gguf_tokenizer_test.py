@@ -72,6 +72,12 @@ def test_a_beginning_is_put_where_the_file_asks_for_it(fields):
   assert made.encode(text).ids == [0, *ids(plain, text)]
   assert made.encode('').ids == [0]
   assert ids(made, text) == ids(plain, text)
+  # LLaMA 3's files do not say it, and llama.cpp puts it there.
+  silent = dict(fields)
+  silent.pop('tokenizer.ggml.add_bos_token', None)
+  for pre, begun in (('llama-bpe', [0]), ('qwen2', [])):
+    made = gguf_tokenizer.rebuild(silent | {'tokenizer.ggml.pre': pre})
+    assert made.encode('').ids == begun
 
 
 # SentencePiece's BPE: three special tokens, the bytes, then the pieces by rank.

@@ -189,7 +189,7 @@ def test_the_hub_without_a_connection(monkeypatch):
 
 def test_the_hub_without_its_library(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(ImportError, match=r"pip install 'qat\[interop\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '.\[interop\]'"):
     hf.download('a/b')
 
 
@@ -243,6 +243,14 @@ def test_quantizers_are_not_lost_in_silence(
   with pytest.raises(ValueError, match='block_0/attn/k has weights of'):
     export(loaded, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_norm_after_a_linear_is_not_lost_in_silence(llama, base, tmp_path):
+  loaded = load.load_model(llama, base)
+  with loaded.config.unlocked():
+    loaded.config.quant.specs.full.output_norm = True
+  with pytest.raises(ValueError, match='block_0/attn/k is followed by a norm'):
+    export(loaded, tmp_path / 'out')
 
 
 def test_an_export_overwrites_nothing(llama, base):

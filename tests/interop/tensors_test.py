@@ -8,6 +8,7 @@ import pytest
 from qat.interop import families
 from qat.interop import files
 from qat.interop import tensors
+from tests import tiny
 from tests.interop import conftest as small
 
 
@@ -48,6 +49,15 @@ def test_the_table_of_a_llama(llama):
   assert llama['norm.weight'].path == 'final_norm/scale'
   assert llama['lm_head.weight'] == tensors.Place('head', False, 0, (264, 32))
   assert len(llama) == 2 * 9 + 3
+
+
+def test_what_quantizers_learn_is_no_tensor_of_its_own():
+  config = tiny.config('paretoq', {'model.n_layers': 1})
+  places = tensors.table(config)
+  assert not [p for p in places.values() if 'learned' in p.path]
+  assert places['layers.0.self_attn.q_proj.weight'].path == (
+    'block_0/attn/q/kernel'
+  )
 
 
 def test_the_table_of_an_opt(base):
