@@ -60,6 +60,7 @@ def check(
       platform or jax.default_backend(),
       devices,
       config.model.dot_dtype,
+      config.model.d_model // max(1, config.model.n_heads),
     ),
   ):
     try:
@@ -167,6 +168,11 @@ def _model_errors(config: ConfigDict) -> list[str]:
       errors.append(
         f'model.experts_per_token={m.experts_per_token} of model.n_experts='
         f'{m.n_experts}; 1, or 2 where there are as many.'
+      )
+    if m.n_experts > 1 and m.bias == 'all':
+      errors.append(
+        f"model.bias='all' with model.n_experts={m.n_experts}: experts have no"
+        " biases; take 'qkv' or 'none'."
       )
   elif m.n_experts != 1:
     errors.append(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from qat import estimators
 from qat import optim
 from qat.nn import stacked
+from qat.quant import learned
 from qat.zo import perturb
 from qat.zo import spsa
 
@@ -78,10 +79,10 @@ def errors(config: ConfigDict) -> list[str]:
 
 def _forward_errors(config: ConfigDict) -> list[str]:
   """What the textbook form of the model has not."""
-  m = config.model
-  return [
-    f"{field}={value!r} with optim.estimator='forward', whose form of the model"
-    f" has only {only!r}; set it to that, or take optim.estimator='spsa'."
+  m, forward = config.model, "with optim.estimator='forward'"
+  errors = [
+    f'{field}={value!r} {forward}, whose form of the model has only {only!r};'
+    " set it to that, or take optim.estimator='spsa'."
     for field, value, only in (
       ('model.activation', m.activation, 'silu'),
       ('model.ffn', 'gated' if m.ffn == 'decoupled' else m.ffn, 'gated'),
@@ -93,12 +94,20 @@ def _forward_errors(config: ConfigDict) -> list[str]:
       ('quant.anneal.shape', config.quant.anneal.shape, 'none'),
     )
     if value != only
-  ] + [
-    f"quant.specs.{name}.output_norm=True with optim.estimator='forward', whose"
-    " form of the model has none; take optim.estimator='spsa'."
-    for name, spec in config.quant.specs.items()
-    if spec.output_norm
   ]
+  for name, spec in config.quant.specs.items():
+    if spec.output_norm:
+      errors.append(
+        f'quant.specs.{name}.output_norm=True {forward}, whose form of the'
+        " model has none; take optim.estimator='spsa'."
+      )
+    if spec.weight in learned.QUANTIZERS:
+      errors.append(
+        f'quant.specs.{name}.weight={spec.weight!r} {forward}, whose form of'
+        ' the model has no slopes of what quantizers learn; take'
+        " optim.estimator='spsa'."
+      )
+  return errors
 
 
 def parameter_errors(config: ConfigDict, params: Any) -> list[str]:

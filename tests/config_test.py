@@ -90,6 +90,7 @@ def test_every_config_is_sound_on_its_devices(method, size):
       'model.experts_per_token=3 model.n_experts=4',
     ),
     (dict(model__experts_per_token=2), 'experts_per_token=2 n_experts=1'),
+    (dict(model__n_experts=2, model__bias='all'), "model.bias='all' no biases"),
     (dict(model__expert_form='fast'), "model.expert_form='fast' grouped"),
     (dict(model__capacity_factor=-1.0), 'model.capacity_factor=-1.0 negative'),
     (dict(model__router_jitter=1.5), 'model.router_jitter=1.5 between'),

@@ -63,6 +63,10 @@ def test_what_can_be_run_is_not_refused(fields):
       {**FORWARD, 'quant.specs.binary.output_norm': True},
       'quant.specs.binary.output_norm=True with',
     ),
+    (
+      {**FORWARD, 'quant.specs.binary.weight': 'lsq4'},
+      "quant.specs.binary.weight='lsq4' with",
+    ),
   ],
 )
 def test_what_cannot_be_run_is_told(fields, told):

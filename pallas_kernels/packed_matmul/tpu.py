@@ -37,9 +37,8 @@ def tiles(rows: int, packed: packing.Packed) -> tuple[int, int, int]:
   unit = packing.FORMATS[packed.format].planes * packed.block
   tile_M, most_K, tile_N = TILES['decode' if rows <= DECODE_ROWS else 'prefill']
   blocks = packed.padded_inputs // unit
-  taken = max(
-    n for n in range(1, blocks + 1) if blocks % n == 0 and n * unit <= most_K
-  )
+  fits = (n for n in range(1, blocks + 1) if blocks % n == 0)
+  taken = max((n for n in fits if n * unit <= most_K), default=1)
   return min(rows, tile_M), taken, min(packed.padded_outputs, tile_N)
 
 

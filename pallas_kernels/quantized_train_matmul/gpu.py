@@ -48,7 +48,7 @@ def quantized_train_matmul(
     block=gpu_tiles.BLOCK,
     multiple=packed_matmul.UNIT,
   )
-  api.check(x_MK, packed, x_scale_M1)
+  api.check(x_MK, packed, x_scale_M1, jnp.float32)
   return packed_matmul.packed_matmul(
     x_MK, packed, x_scale_M1, jnp.float32, target, interpret
   )

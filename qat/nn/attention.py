@@ -121,18 +121,15 @@ class Attention(nn.Module):
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
     else:
       new = q_BTNH, k_BTKH, v_BTKH
-      y_BTNH, cache = cache.attend(*new, positions_T, self.method.native)
-    std = c.init_std
-    if c.init_residual_scale:
-      std /= math.sqrt(2 * c.n_layers)
+      y_BTNH, cache = cache.attend(*new, positions_T, self.method.few_rows)
     out = linear(
       c.d_model,
-      init_std=std,
+      init_std=layers.output_std(c),
       norm_eps=c.norm_eps if inside else None,
       bias=c.bias == 'all',
       name='o',
     )
-    y_BTD = remat.attention(y_BTNH).reshape(*x_BTD.shape[:2], -1)
+    y_BTD = remat.attention(y_BTNH, c.attention).reshape(*x_BTD.shape[:2], -1)
     (y_BTD,) = layers.project(y_BTD, [out], self.method, mix)
     return remat.product(y_BTD.astype(x_BTD.dtype), out.spec, mix), cache
 
@@ -164,11 +161,20 @@ def causal_attention(
   return _blocked(*turned).transpose(0, 2, 1, 3)
 
 
-def choose_form(name: str, platform: str, devices: int, dtype: str) -> str:
+def choose_form(
+  name: str, platform: str, devices: int, dtype: str, width: int
+) -> str:
   """Resolves a config's attention='auto' for a platform.
 
   The blocked form walks over the sequences of a batch and so suits one device
   that holds the whole batch.
+
+  Args:
+    name: of the form, or 'auto'.
+    platform: 'cpu', 'gpu' or 'tpu'.
+    devices: size of the mesh.
+    dtype: of float products.
+    width: of a head; cuDNN has multiples of 8 up to 128.
   """
   forms = ('auto', 'blocked', 'xla', 'cudnn', 'looped')
   if name not in forms:
@@ -181,7 +187,8 @@ def choose_form(name: str, platform: str, devices: int, dtype: str) -> str:
   if name != 'auto':
     return name
   if platform == 'gpu':
-    return 'cudnn' if dtype == 'bfloat16' else 'xla'
+    fits = dtype == 'bfloat16' and width % 8 == 0 and width <= 128
+    return 'cudnn' if fits else 'xla'
   return 'blocked' if platform == 'cpu' and devices == 1 else 'xla'
 
 

@@ -52,9 +52,6 @@ class Branch(nn.Module):
   def setup(self):
     c = self.config
     inside = c.norm == 'inside'
-    std = c.init_std
-    if c.init_residual_scale:
-      std /= math.sqrt(2 * c.n_layers)
     linear = functools.partial(
       layers.Linear,
       rules=self.rules,
@@ -65,7 +62,9 @@ class Branch(nn.Module):
     self.gate = linear(self.width, init_std=c.init_std, norm_eps=own_eps)
     self.up = linear(self.width, init_std=c.init_std, norm_eps=own_eps)
     self.down = linear(
-      c.d_model, init_std=std, norm_eps=c.norm_eps if inside else None
+      c.d_model,
+      init_std=layers.output_std(c),
+      norm_eps=c.norm_eps if inside else None,
     )
 
   def readers(self) -> list[layers.Linear]:
@@ -117,18 +116,18 @@ class PlainFFN(nn.Module):
   ) -> jax.Array:
     c = self.config
     linear = functools.partial(
-      layers.Linear,
-      rules=self.rules,
-      init_std=c.init_std,
-      bias=c.bias == 'all',
+      layers.Linear, rules=self.rules, bias=c.bias == 'all'
     )
     normed_BTD = layers.make_norm(c, 'norm')(x_BTD)
-    up = linear(c.d_ff, name='up')
+    up = linear(c.d_ff, init_std=c.init_std, name='up')
     (up_BTF,) = layers.project(normed_BTD, [up], self.method, mix)
-    hidden_BTF = ACTIVATIONS[c.activation](up_BTF).astype(c.dot_dtype)
-    down = linear(c.d_model, name='down')
-    (y_BTD,) = layers.project(hidden_BTF, [down], self.method, mix)
-    return y_BTD.astype(x_BTD.dtype)
+    up_BTF = remat.product(up_BTF.astype(c.dot_dtype), up.spec, mix)
+    hidden_BTF = ACTIVATIONS[c.activation](up_BTF.astype(jnp.float32))
+    down = linear(c.d_model, init_std=layers.output_std(c), name='down')
+    (y_BTD,) = layers.project(
+      hidden_BTF.astype(c.dot_dtype), [down], self.method, mix
+    )
+    return remat.product(y_BTD.astype(x_BTD.dtype), down.spec, mix)
 
 
 class DecoupledFFN(nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -120,6 +121,13 @@ def make_norm(
   """The norm that a model section asks for."""
   kinds = {'rms': RMSNorm, 'layer': LayerNorm}
   return kinds[config.norm_type](config.norm_eps, name=name)
+
+
+def output_std(config: FrozenConfigDict) -> float:
+  """Of the initial weights of what adds to the residual stream: o and down."""
+  if config.init_residual_scale:
+    return config.init_std / math.sqrt(2 * config.n_layers)
+  return config.init_std
 
 
 class Linear(nn.Module):

@@ -99,7 +99,7 @@ def loss(
     if 'narrow' not in layer:
       return gated(x, path)
     narrow, wide = gated(x, f'{path}/narrow'), gated(x, f'{path}/wide')
-    return layer['alpha'] * narrow + layer['beta'] * wide
+    return layer.get('alpha', 1) * narrow + layer.get('beta', 1) * wide
 
   x = params['embed']['embedding'][batch['tokens']]
   for i in range(c.n_layers):

@@ -20,7 +20,7 @@ _NAMED = jax.checkpoint_policies.save_only_these_names('product', 'attention')
 
 def _dots(primitive, *avals, **parameters) -> bool:
   # cuDNN's attention returns, beside the output, what its backward pass reads.
-  if primitive.name == 'dot_product_attention_fwd':
+  if primitive.name.startswith('dot_product_attention_fwd'):
     return True
   return _NAMED(primitive, *avals, **parameters)
 
@@ -43,6 +43,13 @@ def product(
   return y if codes else ad_checkpoint.checkpoint_name(y, 'product')
 
 
-def attention(y_BTNH: jax.Array) -> jax.Array:
-  """Names the output of attention."""
+def attention(y_BTNH: jax.Array, form: str) -> jax.Array:
+  """Names the output of attention; cuDNN's is kept as it is.
+
+  Args:
+    y_BTNH: the output.
+    form: as in `attention.causal_attention`.
+  """
+  if form == 'cudnn':
+    return y_BTNH
   return ad_checkpoint.checkpoint_name(y_BTNH, 'attention')

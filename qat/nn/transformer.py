@@ -174,7 +174,7 @@ class Transformer(nn.Module):
       # Each device then looks its own tokens up; left split, the gradient
       # would bring the whole batch's activations to every device.
       table_VD = jax.lax.with_sharding_constraint(table_VD, P())
-    x_BTD = _rows(table_VD, tokens_BT, self.method.native).astype(c.dtype)
+    x_BTD = _rows(table_VD, tokens_BT, self.method.few_rows).astype(c.dtype)
     if c.positions == 'learned':
       learned_BTD = self.positions[jnp.atleast_2d(positions_T)]
       x_BTD = x_BTD + learned_BTD.astype(c.dtype)
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
     table_VD = self.output_embedding().astype(self.config.dot_dtype)
     rows = math.prod(x_BTD.shape[:2])
     few = rows <= head_matmul.MOST_ROWS and x_BTD.dtype == jnp.bfloat16
-    if few and self.method.native:
+    if few and self.method.few_rows:
       logits_MV = head_matmul.matmul(x_BTD.reshape(rows, -1), table_VD)
       return logits_MV.reshape(*x_BTD.shape[:2], -1), caches
     logits_BTV = jnp.einsum(
@@ -231,7 +231,8 @@ def build(config: ConfigDict, platform: str, devices: int) -> Transformer:
   """
   model = config.model.copy_and_resolve_references().unlock()
   model.attention = attention.choose_form(
-    model.attention, platform, devices, model.dot_dtype
+    *(model.attention, platform, devices, model.dot_dtype),
+    width=model.d_model // model.n_heads,
   )
   method = choice.choose_method(
     *(model.quantized_dot, model.dot_dtype, platform),

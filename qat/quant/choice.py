@@ -52,6 +52,7 @@ def choose_method(
     gather_codes=split_parameters,
     row_major=not on_cpu,
     native=name == 'native' or name == 'auto' and not int8 and not lacks,
+    few_rows=name != 'float' and not lacks,
   )
 
 

@@ -61,6 +61,8 @@ class Method:
       float weights for that, of all layers at once where they are stacked.
     native: multiply int8 codes of an input and a weight by the C++ extension,
       which gives the same floats as `int8`, bit for bit.
+    few_rows: compute by the C++ extension what a few tokens ask for in
+      decoding: attention to a cache, the head, rows of a table.
     target: the device that packed matrices are multiplied on; None: that of
       this process.
   """
@@ -71,6 +73,7 @@ class Method:
   gather_codes: bool = False
   row_major: bool = False
   native: bool = False
+  few_rows: bool = False
   target: dispatch.Target | None = None
 
   @property

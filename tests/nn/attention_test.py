@@ -270,23 +270,26 @@ def test_a_cache_continues_where_it_was_left(kv_heads, cuts):
 
 
 @pytest.mark.parametrize(
-  ('name', 'platform', 'devices', 'expected'),
+  ('name', 'platform', 'devices', 'width', 'expected'),
   [
-    ('auto', 'cpu', 1, 'blocked'),
-    ('auto', 'cpu', 8, 'xla'),
-    ('auto', 'tpu', 1, 'xla'),
-    ('auto', 'gpu', 1, 'cudnn'),
-    ('auto', 'gpu', 8, 'cudnn'),
-    ('xla', 'cpu', 1, 'xla'),
-    ('xla', 'gpu', 1, 'xla'),
-    ('blocked', 'tpu', 8, 'blocked'),
-    ('cudnn', 'gpu', 1, 'cudnn'),
+    ('auto', 'cpu', 1, 64, 'blocked'),
+    ('auto', 'cpu', 8, 64, 'xla'),
+    ('auto', 'tpu', 1, 64, 'xla'),
+    ('auto', 'gpu', 1, 64, 'cudnn'),
+    ('auto', 'gpu', 8, 128, 'cudnn'),
+    ('auto', 'gpu', 1, 20, 'xla'),
+    ('auto', 'gpu', 1, 256, 'xla'),
+    ('xla', 'cpu', 1, 64, 'xla'),
+    ('xla', 'gpu', 1, 64, 'xla'),
+    ('blocked', 'tpu', 8, 64, 'blocked'),
+    ('cudnn', 'gpu', 1, 64, 'cudnn'),
   ],
 )
-def test_choose_form(name, platform, devices, expected):
-  assert attention.choose_form(name, platform, devices, 'bfloat16') == expected
+def test_choose_form(name, platform, devices, width, expected):
+  found = attention.choose_form(name, platform, devices, 'bfloat16', width)
+  assert found == expected
 
 
 def test_choose_form_refuses_what_it_does_not_know():
   with pytest.raises(ValueError, match="attention='flash'; one of auto"):
-    attention.choose_form('flash', 'cpu', 1, 'bfloat16')
+    attention.choose_form('flash', 'cpu', 1, 'bfloat16', 64)
