@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from qat import evaluate
-from qat import step as step_lib
 from qat.data import dataset as dataset_lib
 from qat.data import loader
 from qat.nn import transformer
@@ -34,13 +33,11 @@ def make(method, fields=None, devices=1):
   config = tiny.config(method, {**FIELDS, **(fields or {})})
   mesh = tiny.mesh(config, devices)
   model = transformer.build(config, 'cpu', devices)
-  with jax.set_mesh(mesh):
-    params = jax.jit(step_lib.initial_state(config, model))().params
   return (
     config,
     mesh,
     model,
-    params,
+    tiny.params(model),
     evaluate.make_eval_step(config, model, mesh),
   )
 

@@ -15,7 +15,6 @@ from configs import pquant
 from qat import config as config_lib
 from qat import finish
 from qat.data import dataset as dataset_lib
-from qat.data import prepare
 from qat.data import tokenizer as tokenizer_lib
 from qat.nn import transformer
 from tests import tiny
@@ -75,13 +74,12 @@ def test_samples_begin_as_texts_do(begin, expected, monkeypatch):
 
 
 def test_what_would_fail_at_the_end_fails_first(tmp_path):
-  folder = prepare.ensure_embedded(tmp_path, 512)
-  dataset = dataset_lib.open_dataset(folder)
-  short = {'sample.prompts': ('the sea',), 'sample.tokens': 12}
+  dataset = dataset_lib.open_dataset(tiny.dataset(tmp_path))
+  short = {'sample.prompts': ('the sea',), 'sample.tokens': 15}
   learned = {'model.max_positions': 16, 'model.positions': 'learned'}
   finish.check(tiny.config('fp', short), dataset)
   finish.check(tiny.config('fp', {**learned, 'sample.tokens': 4}), dataset)
-  with pytest.raises(config_lib.ConfigError, match=r"tokens=12 after .*'the s"):
+  with pytest.raises(config_lib.ConfigError, match=r"tokens=15 after .*'the s"):
     finish.check(tiny.config('fp', {**short, **learned}), dataset)
   many = tiny.config('fp', {'sensitivity.sequences': 10**6})
   with pytest.raises(

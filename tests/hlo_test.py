@@ -59,9 +59,16 @@ def one(line):
       ('all-to-all', 1, 4096),
     ),
     (
-      '  %s = (f32[8,128]{1,0}, s4[64,128]{1,0}) all-gather-start(%p)\n'
-      '  %d = s4[64,128]{1,0} all-gather-done(%s)',
-      ('all-gather', 1, 64 * 128 // 2 if 64 * 128 // 2 > 4096 else 4096),
+      '  %s = (f32[8,128]{1,0}, s4[64,512]{1,0}) all-gather-start(%p)\n'
+      '  %d = s4[64,512]{1,0} all-gather-done(%s)',
+      ('all-gather', 1, 64 * 512 // 2),
+    ),
+    *(
+      (
+        f'  %g = {kind}[64,512]{{1,0}} all-gather(%p), dimensions={{0}}',
+        ('all-gather', 1, 64 * 512 * size),
+      )
+      for kind, size in (('bf16', 2), ('s8', 1), ('pred', 1))
     ),
     (
       '  %s = f32[8,128]{1,0} all-reduce-start(%p), to_apply=%add\n'

@@ -13,12 +13,14 @@ import pathlib
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
 from qat import sharding
 from qat.data import prepare
+from qat.nn import transformer
 
 # Names of what the tests train: a config's stem and fields of it.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,6 +72,18 @@ def compiled_quickly() -> Iterator[None]:
     yield
   finally:
     jax.config.update('jax_disable_most_optimizations', before)
+
+
+def params(model: transformer.Transformer, seed: int = 0) -> dict:
+  """Random parameters without compiling an initialization."""
+  leaves, tree = jax.tree.flatten(transformer.abstract_params(model))
+  rng = np.random.default_rng(seed)
+  return jax.tree.unflatten(
+    tree,
+    [
+      jnp.float32(0.2 * rng.normal(size=p.shape) + (p.ndim < 2)) for p in leaves
+    ],
+  )
 
 
 def mesh(config: ConfigDict, devices: int = 1) -> Mesh:

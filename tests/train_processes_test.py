@@ -12,15 +12,13 @@ import time
 import pytest
 
 from qat import manifest
-from qat.data import prepare
 from tests import outcomes
+from tests import tiny
 
 
 @pytest.fixture(scope='module')
-def cache_dir(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('data')
-  prepare.ensure_embedded(folder, 512)
-  return folder
+def data(tmp_path_factory):
+  return tiny.dataset(tmp_path_factory.mktemp('data'))
 
 
 def command(workdir, *changes) -> list[str]:
@@ -42,9 +40,9 @@ def environment():
   return dict(env=variables, cwd=root, text=True, capture_output=True)
 
 
-def test_sigterm_saves_and_leaves_with_143(cache_dir, tmp_path, environment):
+def test_sigterm_saves_and_leaves_with_143(data, tmp_path, environment):
   environment = {k: v for k, v in environment.items() if k != 'capture_output'}
-  changes = (f'data.cache_dir={cache_dir}', 'model.vocab_size=512')
+  changes = (f'data.dataset={data}', 'model.vocab_size=280')
   process = subprocess.Popen(
     command(tmp_path, *changes, 'model.n_layers=1', 'train.log_every=1'),
     **environment,
@@ -63,12 +61,10 @@ def test_sigterm_saves_and_leaves_with_143(cache_dir, tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_equals_uninterrupted(
-  cache_dir, tmp_path, environment
-):
+def test_killed_ten_times_equals_uninterrupted(data, tmp_path, environment):
   changes = (
-    f'data.cache_dir={cache_dir}',
-    'model.vocab_size=512',
+    f'data.dataset={data}',
+    'model.vocab_size=280',
     'train.steps=60',
     'train.log_every=1',
     'checkpoint.every=2',

@@ -36,8 +36,7 @@ def made():
   config = tiny.config('fp', tiny.EXACT)
   mesh = tiny.mesh(config)
   model = transformer.build(config, 'cpu', 1)
-  tokens = jnp.zeros((1, 8), jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+  params = tiny.params(model)
   return mesh, model, params, evaluate.make_eval_step(config, model, mesh)
 
 
@@ -197,8 +196,7 @@ def test_layers_that_are_alike_are_compiled_once(change):
   config.lock()
   mesh = tiny.mesh(config)
   model = transformer.build(config, 'cpu', 1)
-  tokens = jnp.zeros((1, 8), jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+  params = tiny.params(model)
   for i in range(2):
     q = params[f'block_{i}']['attn']['q']
     q['kernel'] = weights.symmetric(q['kernel'], 'channel', bits=4 + i)

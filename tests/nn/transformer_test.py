@@ -30,18 +30,6 @@ def build(method, devices=1, **fields):
   return transformer.build(config, 'cpu', devices)
 
 
-def init(model, seed=0):
-  """Random parameters without compiling an initialization."""
-  leaves, tree = jax.tree.flatten(transformer.abstract_params(model))
-  rng = np.random.default_rng(seed)
-  return jax.tree.unflatten(
-    tree,
-    [
-      jnp.float32(0.2 * rng.normal(size=p.shape) + (p.ndim < 2)) for p in leaves
-    ],
-  )
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def logits(model, params, tokens_BT):
   return model.apply({'params': params}, tokens_BT, method='logits')[0]
@@ -55,7 +43,7 @@ def size(tree):
 def test_a_logit_depends_on_its_past_and_on_nothing_else(method):
   # Untied, so that a row of the embedding is the input of one position alone.
   model = build(method, n_layers=1, tied_embeddings=False)
-  params = init(model)
+  params = tiny.params(model)
   direction_V = np.random.default_rng(1).normal(size=64)
 
   @jax.jit
@@ -72,7 +60,7 @@ def test_a_logit_depends_on_its_past_and_on_nothing_else(method):
 
 def test_sequences_of_a_batch_do_not_see_each_other():
   model = build('pquant4', n_layers=1)
-  params = init(model)
+  params = tiny.params(model)
   other = np.stack([TOKENS_BT[0], TOKENS_BT[1][::-1]])
   np.testing.assert_allclose(
     logits(model, params, TOKENS_BT)[0],
@@ -85,7 +73,7 @@ def test_sequences_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize(('method', 'n_layers'), [('fp', 2), ('pquant4', 1)])
 def test_cached_decoding_is_the_full_forward_pass(method, n_layers):
   model = build(method, n_layers=n_layers)
-  params = init(model)
+  params = tiny.params(model)
   expected = logits(model, params, TOKENS_BT)
   empty = jnp.zeros((2, 8, 2, 16))
   caches = [kv_cache.Cache(empty, empty)] * n_layers
@@ -107,7 +95,7 @@ def test_cached_decoding_is_the_full_forward_pass(method, n_layers):
 
 def test_a_tied_head_is_the_embedding():
   model = build('fp')
-  params = init(model)
+  params = tiny.params(model)
   assert 'head' not in params
   x_BTD, caches = model.apply({'params': params}, TOKENS_BT)
   assert caches is None
@@ -119,7 +107,7 @@ def test_a_tied_head_is_the_embedding():
 
 def test_an_untied_head_is_a_matrix_of_its_own():
   tied, untied = build('fp'), build('fp', tied_embeddings=False)
-  params = init(untied)
+  params = tiny.params(untied)
   assert params['head'].shape == (64, 32)
   assert size(params) - size(transformer.abstract_params(tied)) == 64 * 32
   head_VD = untied.apply({'params': params}, method='output_embedding')
@@ -135,7 +123,7 @@ def test_an_untied_head_is_a_matrix_of_its_own():
 
 def test_the_stream_has_the_dtype_of_the_config():
   model = build('pquant4', dtype='bfloat16', dot_dtype='bfloat16')
-  params = init(model)
+  params = tiny.params(model)
   for method, dtype in (('__call__', 'bfloat16'), ('logits', 'float32')):
     found, _ = jax.eval_shape(
       functools.partial(model.apply, method=method),

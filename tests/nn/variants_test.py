@@ -15,8 +15,6 @@ from qat.quant import rules as rules_lib
 from qat.quant import weights
 from tests import tiny
 
-pytestmark = pytest.mark.slow
-
 OPT = {
   'model.norm_type': 'layer',
   'model.norm_eps': 1e-5,
@@ -201,6 +199,7 @@ def quantized_leaves(w_KN):
 KINDS = tuple(quantized_leaves(np.ones((32, 2), 'f4')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('activation', ['none', 'int6'])
 def test_a_model_runs_quantized_matrices_as_their_values(activation):
   _, model, params = build(

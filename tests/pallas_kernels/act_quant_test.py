@@ -6,7 +6,6 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from pallas_kernels.act_quant import reference
 from pallas_kernels.act_quant import tpu
 from qat.nn import layers
 from qat.quant import activations
+from tests.pallas_kernels import forms
 
 V5E = dispatch.Target('tpu', 'v5e')
 EPS = 1e-5
@@ -97,10 +97,7 @@ def test_halves_round_to_even_and_zeros_stay(name):
 
 def test_the_simulator_of_a_tpu_finds_the_same():
   x, gain = draw(3, 40, 200)
-  params = pltpu.InterpretParams(
-    detect_races=True, out_of_bounds_reads='uninitialized'
-  )
-  codes, scale = tpu.act_quant(x, gain, EPS, V5E, interpret=params)
+  codes, scale = forms.simulated(tpu.act_quant, x, gain, EPS, V5E)
   want = model(x, gain)
   np.testing.assert_allclose(scale, want.scale, rtol=1e-6)
   assert np.abs(np.int32(codes) - np.int32(want.codes)).max() <= 1

@@ -6,7 +6,6 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
@@ -65,12 +64,9 @@ def test_both_branches(name, rows, inputs, wide, narrow, seed):
 
 def test_the_simulator_of_a_tpu_finds_the_same():
   x, x_scale, branches = draw(0, 40, 1024, 200, 20)
-  params = pltpu.InterpretParams(
-    detect_races=True, out_of_bounds_reads='uninitialized'
-  )
   packed = [p for _, p in branches]
-  found = tpu.decoupled_ffn_up(
-    x, *packed, x_scale, jnp.float32, forms.V5E, interpret=params
+  found = forms.simulated(
+    tpu.decoupled_ffn_up, x, *packed, x_scale, jnp.float32, forms.V5E
   )
   for y, (codes, p) in zip(found, branches, strict=True):
     want = slow.matmul(x, codes, x_scale, p.scale)

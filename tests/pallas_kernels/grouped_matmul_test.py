@@ -6,7 +6,6 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
@@ -87,11 +86,8 @@ def test_every_tile_is_visited_with_every_expert_it_holds(experts, tile):
 
 def test_the_simulator_of_a_tpu_finds_the_same_with_1_bit_experts():
   x, x_scale, expert, codes, packed = draw(0, 150, 1024, 130, 3, '1bit')
-  params = pltpu.InterpretParams(
-    detect_races=True, out_of_bounds_reads='uninitialized'
-  )
-  y = tpu.grouped_matmul(
-    x, packed, expert, x_scale, jnp.float32, forms.V5E, interpret=params
+  y = forms.simulated(
+    tpu.grouped_matmul, x, packed, expert, x_scale, jnp.float32, forms.V5E
   )
   want = by_row(x, x_scale, expert, codes, packed)
   np.testing.assert_allclose(y, want, rtol=1e-6)

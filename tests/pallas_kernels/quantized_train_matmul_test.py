@@ -4,7 +4,6 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
@@ -78,11 +77,8 @@ def test_a_weight_at_the_mean_is_minus_1():
 def test_the_simulator_of_a_tpu_finds_the_same():
   # Beyond the weights its memory holds NaN.
   x, x_scale, w, mean, scale = draw(1, 40, 1100, 130, True)
-  params = pltpu.InterpretParams(
-    detect_races=True, out_of_bounds_reads='uninitialized'
-  )
-  y = tpu.quantized_train_matmul(
-    x, x_scale, w, mean, scale, forms.V5E, interpret=params
+  y = forms.simulated(
+    tpu.quantized_train_matmul, x, x_scale, w, mean, scale, forms.V5E
   )
   signs = np.where(np.asarray(w) > np.asarray(mean), 1, -1)
   want = slow.matmul(x, signs, x_scale, scale)
