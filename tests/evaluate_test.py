@@ -33,11 +33,13 @@ def make(method, fields=None, devices=1):
   config = tiny.config(method, {**FIELDS, **(fields or {})})
   mesh = tiny.mesh(config, devices)
   model = transformer.build(config, 'cpu', devices)
+  with jax.set_mesh(mesh):
+    params = tiny.params(model)
   return (
     config,
     mesh,
     model,
-    tiny.params(model),
+    params,
     evaluate.make_eval_step(config, model, mesh),
   )
 

@@ -35,7 +35,9 @@ def command(workdir, *changes) -> list[str]:
 @pytest.fixture(scope='module')
 def environment():
   """One device, and the root of the project as the working folder."""
-  variables = dict(os.environ, XLA_FLAGS='')
+  flags = os.environ['XLA_FLAGS'].split()
+  flags = [flag for flag in flags if 'device_count' not in flag]
+  variables = dict(os.environ, XLA_FLAGS=' '.join(flags))
   root = pathlib.Path(__file__).parent.parent
   return dict(env=variables, cwd=root, text=True, capture_output=True)
 
