@@ -114,7 +114,12 @@ def test_the_right_continuations_are_trained_on(folder):
 
 @pytest.mark.parametrize(
   ('estimator', 'micro_batches'),
-  [('backprop', 1), ('backprop', 2), ('spsa', 1), ('spsa', 4)],
+  [
+    pytest.param('backprop', 1, marks=pytest.mark.slow),
+    ('backprop', 2),
+    pytest.param('spsa', 1, marks=pytest.mark.slow),
+    ('spsa', 4),
+  ],
 )
 def test_a_step_means_over_weights(folder, estimator, micro_batches):
   """The loss of a batch with weights is that of its weighted targets."""

@@ -77,7 +77,10 @@ def quickly():
     yield
 
 
-@pytest.fixture(scope='module', params=['bitnet', 'pquant4'])
+@pytest.fixture(
+  scope='module',
+  params=['bitnet', pytest.param('pquant4', marks=pytest.mark.slow)],
+)
 def trained_enough(request):
   """A model that prefers some tokens over others, and its parameters."""
   config = tiny.config(request.param, {**tiny.EXACT, 'model.n_kv_heads': 1})
