@@ -20,7 +20,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-@functools.partial(jax.jit, static_argnames='shape')
+@functools.partial(jax.jit, static_argnames='shape', inline=True)
 def normal(
   key_data: jax.Array, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:

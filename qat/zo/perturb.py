@@ -17,6 +17,7 @@ import zlib
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.experimental import xla_metadata
 import numpy as np
 
 from qat.zo import noise
@@ -58,12 +59,27 @@ class Perturbed:
 
   def read(self) -> jax.Array:
     """array + scale * z, float32."""
-    # In a loop over keys, the float32 form of bfloat16 parameters would be
-    # computed before it, and stored.
-    array, key_data = lax.optimization_barrier((self.array, self.key_data))
-    z = noise.normal(key_data, self.shape)[0]
-    scale = _leading(self.scale, z.ndim)
-    return array.astype(jnp.float32) + scale * z
+    return lax.platform_dependent(
+      self.array, self.key_data, self.scale, cpu=_sum_apart, default=_sum
+    )
+
+
+@jax.jit
+def _sum(array: jax.Array, key_data: jax.Array, scale: jax.Array) -> jax.Array:
+  # In a loop over keys, the float32 form of bfloat16 parameters would be
+  # computed before it, and stored.
+  array, key_data = lax.optimization_barrier((array, key_data))
+  z = noise.normal(key_data, array.shape)[0]
+  return array.astype(jnp.float32) + _leading(scale, z.ndim) * z
+
+
+def _sum_apart(*arguments: jax.Array) -> jax.Array:
+  """A call of its own: XLA for CPUs would copy it into each loop that reads it.
+
+  A quantizer has four, and noise costs more than all the rest of it.
+  """
+  with xla_metadata.set_xla_metadata(inlineable='false'):
+    return _sum(*arguments)
 
 
 def read(tree: Any) -> Any:

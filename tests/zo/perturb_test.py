@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qat.nn import stacked
+from qat.quant import learned
 from qat.zo import perturb
 
 KEY = jax.random.key(7)
@@ -84,6 +85,20 @@ def test_a_loop_reads_each_layers_own_form():
     lambda _, layer: (None, perturb.read(layer)), None, moved['blocks']
   )
   jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_quantizer_makes_the_noise_of_a_matrix_once():
+  quantizer = learned.QUANTIZERS['lwc4']
+  w_KN = jnp.ones((64, 96))
+  clip = quantizer.start(w_KN, 'channel', 0)
+  moved = perturb.Perturbed(w_KN, jax.random.key_data(KEY), jnp.float32(0.5))
+
+  def quantized(moved):
+    layer = {'kernel': moved.read(), **clip}
+    return quantizer.quantize(layer, 'channel', 0).dequantize()
+
+  program = jax.jit(quantized).lower(moved).compile().as_text()
+  assert program.count('shift-left(') == 20  # One for a round of threefry.
 
 
 def test_at_no_distance_parameters_are_what_they_were():
