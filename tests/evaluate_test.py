@@ -132,7 +132,11 @@ def test_batches_bound_the_evaluation(dataset, batches):
 
 
 @pytest.mark.parametrize(
-  'fields', [{'mesh.data': 8}, {'mesh.data': 2, 'mesh.fsdp': 4}]
+  'fields',
+  [
+    pytest.param({'mesh.data': 8}, marks=pytest.mark.slow),
+    {'mesh.data': 2, 'mesh.fsdp': 4},
+  ],
 )
 def test_a_mesh_finds_what_one_device_finds(dataset, fields):
   config, mesh, _, params, eval_step = make('bitnet')

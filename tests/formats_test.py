@@ -41,7 +41,9 @@ FORMATS = {
   ),
 }
 # Those that are others with another number of bits.
-ALIKE = {'lwc3', 'lwc6', 'lwc8'}
+ALIKE = {'lwc6', 'lwc8'}
+PARTS = [f'attn/{name}' for name in 'qkvo']
+PARTS += [f'ffn/{name}' for name in ('gate', 'up', 'down')]
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -67,20 +69,7 @@ def trained(config, steps):
   return program, states, metrics
 
 
-def test_all_learned_formats_are_here():
-  assert {*FORMATS} >= {*learned.QUANTIZERS}
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else [])
-    for name in FORMATS
-  ],
-)
-def test_a_format_trains(name):
-  method, spec = FORMATS[name]
-  config = tiny.config(method, {**tiny.EXACT, **fields_of(method, spec)})
+def check_it_trains(config):
   program, states, metrics = trained(config, STEPS)
   assert all(m['healthy'] for m in metrics)
   assert metrics[-1]['train/loss'] < metrics[0]['train/loss'] - 0.1
@@ -99,6 +88,32 @@ def test_a_format_trains(name):
   for path in kernels:
     assert 0 <= measured[f'health/flips/{path}'] <= 1
     assert np.isfinite(measured[f'health/scale/{path}'])
+
+
+def test_all_learned_formats_are_here():
+  assert {*FORMATS} >= {*learned.QUANTIZERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FORMATS)
+def test_a_format_trains(name):
+  method, spec = FORMATS[name]
+  fields = fields_of(method, spec)
+  check_it_trains(tiny.config(method, {**tiny.EXACT, **fields}))
+
+
+def test_a_model_of_all_formats_trains():
+  """One program in the place of many: each format has a matrix of its own."""
+  config = tiny.config('fp', {**tiny.EXACT, 'model.n_layers': 2})
+  names = [name for name in FORMATS if name not in ALIKE]
+  paths = [f'block_{block}/{part}' for block in range(2) for part in PARTS]
+  with config.unlocked():
+    for path, name in zip(paths, names, strict=True):
+      method, spec = FORMATS[name]
+      own = tiny.config(method, fields_of(method, spec))
+      config.quant.specs[name] = own.quant.specs[method]
+      config.quant.rules = ((path, name), *config.quant.rules)
+  check_it_trains(config)
 
 
 def test_the_sensitivity_study_gets_what_learned_scales_make():

@@ -88,9 +88,7 @@ def experts():
   """A pQuant model with 4 experts and 2 blocks, its parameters, a batch."""
   config = tiny.config('pquant4', {'model.n_layers': 2})
   model = transformer.build(config, 'cpu', 1)
-  batch = tiny.batch(config)
-  init = jax.jit(lambda key: model.init(key, batch['tokens'])['params'])
-  return model, init(jax.random.key(0)), batch
+  return model, tiny.params(model), tiny.batch(config)
 
 
 def test_routers_are_named_and_add_up(experts):

@@ -100,7 +100,11 @@ def test_a_softmax_over_choices_and_its_gradient(devices):
 
 @pytest.mark.parametrize(
   ('estimator', 'micro_batches'),
-  [('backprop', 2), ('spsa', 1), ('spsa', 4)],
+  [
+    ('backprop', 2),
+    pytest.param('spsa', 1, marks=pytest.mark.slow),
+    ('spsa', 4),
+  ],
 )
 def test_a_step_reports_the_loss_of_choices(estimator, micro_batches):
   params, batch, value, _ = expected()

@@ -148,7 +148,7 @@ def test_a_run_logs_what_it_should(complete):
   assert summary['tokens'] == STEPS * 8 * 16
 
 
-@pytest.mark.parametrize('stop', [1, 4])
+@pytest.mark.parametrize('stop', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_stopped_and_resumed_equals_uninterrupted(
   stop, complete, cache_dir, tmp_path, monkeypatch
 ):
@@ -227,7 +227,9 @@ def test_a_damaged_checkpoint_falls_back(
   assert (tmp_path / 'checkpoints/7.corrupt').exists()
 
 
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  'scan', [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_a_loss_that_is_not_finite_stops_the_run(cache_dir, tmp_path, scan):
   changes = {'optim.peak_lr': 1e38, 'checkpoint.every': 1}
   config = small(cache_dir, **changes, **{'model.scan_layers': scan})

@@ -3,7 +3,6 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -103,12 +102,11 @@ def test_the_command_measures_models_and_runs(
 def fresh(config, dataset_path):
   dataset = dataset_lib.open_dataset(dataset_path)
   model = transformer.build(config, 'cpu', 1)
-  tokens = np.zeros((1, 8), np.int32)
   return load.Loaded(
     config,
     tiny.mesh(config),
     model,
-    jax.jit(model.init)(jax.random.key(0), tokens)['params'],
+    tiny.params(model),
     dataset.tokenizer,
     dataset.eot_id,
     dataset.eot_id,

@@ -139,7 +139,7 @@ def test_a_model_is_read_as_a_step_reads_it():
   mesh = tiny.mesh(config)
   batch = tiny.batch(config)
   with tiny.compiled_quickly(), jax.set_mesh(mesh):
-    tree = jax.jit(model.init)(jax.random.key(0), batch['tokens'])['params']
+    tree = tiny.params(model)
     loaded = load.Loaded(config, mesh, model, tree, None, 0, 0, None, {})
     loss = zo_study.loss_of(loaded, batch)
     total = jax.jit(

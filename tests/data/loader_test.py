@@ -145,7 +145,9 @@ def test_resume_is_exact_at_every_position(
       expected = take(straight, total + 1)
 
 
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize(
+  'workers', [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_resume_is_exact_with_workers(open_loader: Open, workers: int) -> None:
   expected = take(open_loader(), 9)
   first = open_loader(workers=workers)

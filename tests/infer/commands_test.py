@@ -132,7 +132,14 @@ def test_packed_weights_write_the_same_text(saved, tmp_path, capsys):
   assert '--dtype float16' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('size', [2, 3, 9])
+@pytest.mark.parametrize(
+  'size',
+  [
+    pytest.param(2, marks=pytest.mark.slow),
+    3,
+    pytest.param(9, marks=pytest.mark.slow),
+  ],
+)
 def test_texts_that_are_computed_at_once_are_the_same(saved, run, capsys, size):
   options = ['--num', '2', '--batch', str(size)]
   assert call(generate.main, saved.workdir, *options) == 0

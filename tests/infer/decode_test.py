@@ -64,7 +64,7 @@ def test_layers_that_read_one_input_are_multiplied_in_one_call(
   model = transformer.build(config, 'cpu', 1)
   program = decode.decode_program(config, CPU, batch=1, length=9)
   token_BT = jnp.array([[7]], jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(0), token_BT)['params']
+  params = tiny.params(model)
   made = folder.nested(dict(pack.leaves(model, params, CPU)))
   caches = generate.empty_caches(model, 1, 9)
   arguments = made, token_BT, caches, jnp.int32(0)
@@ -95,7 +95,7 @@ def test_it_computes_what_generation_does():
   model = transformer.build(config, 'cpu', 1)
   program = decode.decode_program(config, CPU, batch=1, length=9, tokens=3)
   tokens_BT = jnp.array([[3, 60, 7]], jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(0), tokens_BT)['params']
+  params = tiny.params(model)
   made = folder.nested(dict(pack.leaves(model, params, CPU)))
   for a, b in zip(
     *map(jax.tree.leaves, (made, program.arguments[0])), strict=True

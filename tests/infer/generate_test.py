@@ -85,10 +85,7 @@ def trained_enough(request):
   """A model that prefers some tokens over others, and its parameters."""
   config = tiny.config(request.param, {**tiny.EXACT, 'model.n_kv_heads': 1})
   model = transformer.build(config, 'cpu', 1)
-  tokens = jnp.zeros((1, 8), jnp.int32)
-  params = jax.jit(lambda key: model.init(key, tokens)['params'])(
-    jax.random.key(0)
-  )
+  params = tiny.params(model)
   params['final_norm']['scale'] = params['final_norm']['scale'] * 5
   return model, params
 

@@ -88,7 +88,10 @@ def test_no_policy_changes_values(method, scan):
 
 
 @pytest.mark.parametrize('scan', [False, True])
-@pytest.mark.parametrize('method', ['fp', 'bitnet', 'pquant', 'pquant4'])
+@pytest.mark.parametrize(
+  'method',
+  ['fp', 'bitnet', pytest.param('pquant', marks=pytest.mark.slow), 'pquant4'],
+)
 def test_each_policy_keeps_less_than_the_one_before(method, scan):
   sizes = {
     policy: size(kept(build(method, policy, **{'model.scan_layers': scan})))

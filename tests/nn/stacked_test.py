@@ -136,8 +136,8 @@ def test_both_forms_have_the_same_parameters(method):
 @pytest.mark.parametrize(
   ('method', 'remat'),
   [
-    ('fp', 'none'),
-    ('bitnet', 'dots'),
+    pytest.param('fp', 'none', marks=pytest.mark.slow),
+    pytest.param('bitnet', 'dots', marks=pytest.mark.slow),
     ('pquant', 'block'),
     pytest.param('pquant4', 'none', marks=pytest.mark.slow),
     pytest.param('pquant4', 'block', marks=pytest.mark.slow),
@@ -330,7 +330,7 @@ def test_a_mesh_trains_a_scanned_model_like_one_device():
     params = jax.tree.map(jnp.copy, params_of('pquant4'))  # It is donated.
     if not scan:
       params = stacked.unstacked(params)
-    state = program.init()._replace(params=params)
+    state = program.init(params)
     state = jax.device_put(
       state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract)
     )
