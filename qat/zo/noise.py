@@ -3,9 +3,9 @@
 The same numbers as `jax.random.normal` gives with partitionable threefry keys,
 element by element a function of the key and of the element's place. jax lowers
 its generator on a CPU to a loop, whose states are several arrays of the size of
-the result; written out, the whole generator becomes a part of the loop over
-the elements that adds the noise, stores nothing, and gives each device the
-noise of its own part of a sharded array.
+the result; written out, the whole generator can become a part of the loop over
+the elements that adds the noise, stores nothing itself, and gives each device
+the noise of its own part of a sharded array.
 """
 
 import functools

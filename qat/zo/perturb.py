@@ -2,9 +2,9 @@
 
 Parameters are never overwritten with perturbed ones: (w + e) - e is not w in
 floating point, and in bfloat16 w + e often is w. The sum is a value of its own,
-in float32, on its way to what reads it; where that is a quantizer or a cast,
-they are one loop over the elements and the sum is never stored. One copy of the
-parameters lives, and nothing has to be restored.
+in float32, on its way to what reads it: of a matrix at a time, and part of the
+loop over its elements where one alone reads it. One copy of the parameters
+lives, and nothing has to be restored.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ _IMPLEMENTATION = 'threefry2x32'
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=('array', 'key_data', 'scale'),
-  meta_fields=(),
+  meta_fields=('shared',),
 )
 @dataclasses.dataclass(frozen=True)
 class Perturbed:
@@ -46,11 +46,13 @@ class Perturbed:
     array: the parameter, float32 or bfloat16 `[...]`; stacked `[L, ...]`.
     key_data: uint32 `[2]`; stacked `[L, 2]`.
     scale: of the noise, float32 `[]`; stacked `[L]`.
+    shared: whether several loops read it, as those of a quantizer do.
   """
 
   array: jax.Array
   key_data: jax.Array
   scale: jax.Array
+  shared: bool
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -59,8 +61,9 @@ class Perturbed:
 
   def read(self) -> jax.Array:
     """array + scale * z, float32."""
+    on_cpu = _sum_apart if self.shared else _sum
     return lax.platform_dependent(
-      self.array, self.key_data, self.scale, cpu=_sum_apart, default=_sum
+      self.array, self.key_data, self.scale, cpu=on_cpu, default=_sum
     )
 
 
@@ -76,7 +79,7 @@ def _sum(array: jax.Array, key_data: jax.Array, scale: jax.Array) -> jax.Array:
 def _sum_apart(*arguments: jax.Array) -> jax.Array:
   """A call of its own: XLA for CPUs would copy it into each loop that reads it.
 
-  A quantizer has four, and noise costs more than all the rest of it.
+  A quantizer has four, and noise costs more than the rest of what they do.
   """
   with xla_metadata.set_xla_metadata(inlineable='false'):
     return _sum(*arguments)
@@ -112,9 +115,10 @@ def perturb(
     if (name := path_name(path)) not in keys:
       return leaf
     key_data = keys[name]
-    return Perturbed(
-      leaf, key_data, jnp.broadcast_to(scale, key_data.shape[:-1])
-    )
+    # Of an embedding, the rows of a batch's tokens alone are made.
+    shared = bool(_LAYER.match(name) or _STACK.match(name))
+    scales = jnp.broadcast_to(scale, key_data.shape[:-1])
+    return Perturbed(leaf, key_data, scales, shared)
 
   return jax.tree_util.tree_map_with_path(one, params)
 

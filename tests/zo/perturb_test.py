@@ -91,7 +91,8 @@ def test_a_quantizer_makes_the_noise_of_a_matrix_once():
   quantizer = learned.QUANTIZERS['lwc4']
   w_KN = jnp.ones((64, 96))
   clip = quantizer.start(w_KN, 'channel', 0)
-  moved = perturb.Perturbed(w_KN, jax.random.key_data(KEY), jnp.float32(0.5))
+  params = {'block_0': {'q': {'kernel': w_KN}}}
+  moved = perturb.perturb(params, KEY, 0.5, '.*')['block_0']['q']['kernel']
 
   def quantized(moved):
     layer = {'kernel': moved.read(), **clip}
