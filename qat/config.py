@@ -310,8 +310,9 @@ def load(workdir: pathlib.Path) -> ConfigDict:
   path = workdir / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(
-      f'{workdir} holds no run: {path} is missing. Give a folder that'
-      ' qat.main wrote with --workdir.'
+      f'{workdir} holds no run and no model: {path} is missing. Give a folder'
+      ' that qat.main wrote with --workdir, or import_model.py or quantize.py'
+      ' with --out.'
     )
   try:
     config = from_json(path.read_text('utf-8'))

@@ -29,5 +29,9 @@ def read(path: str, fields: Sequence[str]) -> ConfigDict:
   except Exception as error:  # What a config file raises is the user's too.
     text = str(error.args[0] if error.args else error).strip()
     # Of a traceback of the config file, the last line says it.
-    raise ValueError(f'{text.splitlines()[-1]}; see --help.') from error
+    text = text.splitlines()[-1]
+    if 'get_config() takes 0' in text:
+      file, _, variant = path.partition(':')
+      text = f'{file} has no variants, so not {variant!r} either'
+    raise ValueError(f'{text}; see --help.') from error
   return values.config
