@@ -310,9 +310,9 @@ def load(workdir: pathlib.Path) -> ConfigDict:
   path = workdir / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(
-      f'{workdir} holds no run and no model: {path} is missing. Give a folder'
-      ' that qat.main wrote with --workdir, or import_model.py or quantize.py'
-      ' with --out.'
+      f'{workdir} holds no run and no model: {path} is missing. Give what'
+      ' qat.main wrote with --workdir, or scripts/import_model.py or'
+      ' scripts/quantize.py with --out.'
     )
   try:
     config = from_json(path.read_text('utf-8'))

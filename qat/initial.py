@@ -255,13 +255,7 @@ def _source_config(name: str) -> ConfigDict:
     if (path / manifest.FILE).is_file():
       return folder_lib.open_folder(path).config
     return config_lib.load(path)
-  except FileNotFoundError as error:
-    raise config_lib.ConfigError(
-      f'config.init.model={name!r} is neither a model folder'
-      ' (scripts/import_model.py, scripts/quantize.py) nor the workdir of'
-      f' another run: {error}'
-    ) from error
-  except ValueError as error:
+  except (FileNotFoundError, ValueError) as error:
     raise config_lib.ConfigError(
       f'config.init.model={name!r}: {error}'
     ) from error
