@@ -325,7 +325,8 @@ def load(workdir: pathlib.Path) -> ConfigDict:
   if missing := sorted(known - {*flatten(config.to_dict())}):
     raise ConfigError(
       f'{path} lacks {", ".join(missing)}: an earlier version wrote it. Use'
-      ' that version, or add them with the values of configs/common.py.'
+      ' that version; or add them to a run with the values of'
+      ' configs/common.py, and make a model folder again.'
     )
   return config
 
