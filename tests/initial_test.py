@@ -128,7 +128,9 @@ def test_learned_scales_are_kept_where_the_same_is_learned(data, tmp_path):
 
 
 def test_models_that_cannot_be_started_from(source, data, tmp_path):
-  with pytest.raises(config_lib.ConfigError, match="'nothing/here': .*holds no run"):
+  with pytest.raises(
+    config_lib.ConfigError, match="'nothing/here': .*holds no run"
+  ):
     initial.resolve(starts.get('fp', 'nothing/here', data), tmp_path)
   with pytest.raises(config_lib.ConfigError, match=r'init.quant=True'):
     initial.resolve(starts.get('fp', '', data, init__quant=True), tmp_path)

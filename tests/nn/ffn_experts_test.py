@@ -155,19 +155,25 @@ def with_load(params, load):
   return {**params, 'router': router}
 
 
+QUICK_FORMS = [
+  dict(n_experts=4, expert_tile=5, load='empty'),
+  dict(n_experts=4, experts_per_token=2, expert_tile=3),
+  dict(n_experts=4, capacity_factor=0.7, expert_tile=2),
+  dict(n_experts=2, feature_scaling=False, dtype='bfloat16'),
+]
+SLOW_FORMS = [
+  dict(n_experts=4),
+  dict(n_experts=4, expert_tile=5, load='one'),
+  dict(n_experts=4, norm_shared=False),
+  dict(n_experts=2, experts_per_token=2, gate_probability=False),
+  dict(n_experts=4, experts_per_token=2, capacity_factor=0.7),
+]
+
+
 @pytest.mark.parametrize(
   'fields',
-  [
-    dict(n_experts=4),
-    dict(n_experts=4, expert_tile=5, load='one'),
-    dict(n_experts=4, expert_tile=5, load='empty'),
-    dict(n_experts=4, norm_shared=False),
-    dict(n_experts=4, experts_per_token=2, expert_tile=3),
-    dict(n_experts=2, experts_per_token=2, gate_probability=False),
-    dict(n_experts=4, capacity_factor=0.7, expert_tile=2),
-    dict(n_experts=4, experts_per_token=2, capacity_factor=0.7),
-    dict(n_experts=2, feature_scaling=False, dtype='bfloat16'),
-  ],
+  QUICK_FORMS
+  + [pytest.param(form, marks=pytest.mark.slow) for form in SLOW_FORMS],
   ids=str,
 )
 def test_grouped_experts_compute_what_dense_ones_do(fields):

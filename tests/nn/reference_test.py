@@ -38,8 +38,8 @@ def _config(module, **changes):
 @pytest.mark.parametrize(
   ('module', 'changes'),
   [
-    (fp, {}),
-    (bitnet, {}),
+    pytest.param(fp, {}, marks=pytest.mark.slow),
+    pytest.param(bitnet, {}, marks=pytest.mark.slow),
     pytest.param(bitnet, {'norm_shared': False}, marks=pytest.mark.slow),
     (bitnet_b158, {'tied_embeddings': False}),
     (pquant, {}),
