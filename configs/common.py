@@ -226,7 +226,7 @@ def base(size: str) -> ConfigDict:
 
   sensitivity = config.sensitivity = ConfigDict()
   sensitivity.every = 5000 if paper else 0  # Steps; 0: only at the end.
-  sensitivity.sequences = 8  # Calibration sequences, from the training split.
+  sensitivity.sequences = 8  # Of the training split, to calibrate; 0: no study.
   sensitivity.damping = 0.01  # Of the Gram matrix's mean diagonal, added to it.
 
   sample = config.sample = ConfigDict()

@@ -164,6 +164,9 @@ def get_config(variant: str = 'w4a4'):
   train.health_every = 500
   config.eval.every = 500  # As in the authors' logs.
   config.eval.batch_size = 4
+  # Both would take more memory than the training.
+  config.sensitivity.sequences = 0
+  config.sample.tokens = 0
   config.checkpoint.every = 500
   config.checkpoint.keep_last = 1
   if 'task' in words:

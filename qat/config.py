@@ -190,13 +190,13 @@ _POSITIVE = """model.vocab_size model.d_model model.n_layers model.n_heads
   optim.accumulate data.seq_len data.batch_size data.threads data.timeout_s
   train.steps train.log_every train.health_every train.timeout_s
   eval.batch_size eval.every checkpoint.every checkpoint.keep_last
-  checkpoint.timeout_s sensitivity.sequences sensitivity.damping""".split()
+  checkpoint.timeout_s sensitivity.damping""".split()
 _NOT_NEGATIVE = """seed model.max_positions optim.warmup_steps
   optim.final_lr_ratio optim.weight_decay optim.second_weight_decay
   optim.second_peak_ratio optim.clip_norm optim.scale_lr_ratio
   quant.anneal.start_step quant.anneal.steps data.workers eval.batches
-  checkpoint.keep_every sensitivity.every sample.tokens sample.temperature
-  sample.top_k model.balance_coef model.router_init_std
+  checkpoint.keep_every sensitivity.every sensitivity.sequences sample.tokens
+  sample.temperature sample.top_k model.balance_coef model.router_init_std
   model.capacity_factor""".split()
 _FINITE = ['model.alpha_init', 'model.beta_init']
 _SHARES = """optim.decay_fraction optim.switch_fraction

@@ -112,7 +112,8 @@ def check(config: ConfigDict, dataset: dataset_lib.Dataset) -> None:
         f' {max(0, most - len(ids))}, 0 for no samples.'
       )
   try:
-    _calibration(config, dataset)
+    if config.sensitivity.sequences:
+      _calibration(config, dataset)
   except ValueError as error:
     raise config_lib.ConfigError(
       f'config.sensitivity.sequences={config.sensitivity.sequences}: {error}'
@@ -157,7 +158,7 @@ def study(
   step: int,
   hurry: Callable[[], object] = lambda: False,
 ) -> bool:
-  """Measures and writes the sensitivity of every quantized layer.
+  """Measures and writes the sensitivity of every quantized layer, if asked for.
 
   `hurry` is asked before each layer; true ends the study without a result.
 
@@ -165,6 +166,8 @@ def study(
     Whether it was done.
   """
   config = program.config
+  if not config.sensitivity.sequences:
+    return True
   tokens_BT = _calibration(config, dataset)
   if program.mesh.size > 1:  # Every device then studies the whole.
     whole = NamedSharding(program.mesh, P())

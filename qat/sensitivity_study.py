@@ -116,10 +116,16 @@ def study(
   configs = [config_lib.load(workdir) for workdir in workdirs]
   data = _common_dataset(workdirs, configs, dataset)
   own = configs[0].sensitivity
+  sequences = own.sequences if sequences is None else sequences
+  if sequences < 1:
+    raise ValueError(
+      f'{sequences} calibration sequences are too few; give --sequences, where'
+      f' config.sensitivity.sequences of {workdirs[0]} is 0.'
+    )
   calibration = Calibration(
     dataset=str(data.path),
     digest=data.digest,
-    sequences=own.sequences if sequences is None else sequences,
+    sequences=sequences,
     # The longest that every run was trained on.
     seq_len=min(config.data.seq_len for config in configs),
     seed=configs[0].seed + 1 if seed is None else seed,

@@ -86,3 +86,12 @@ def test_what_would_fail_at_the_end_fails_first(tmp_path):
     config_lib.ConfigError, match='sequences=1000000: .*train'
   ):
     finish.check(many, dataset)
+
+
+def test_a_run_of_no_calibration_sequences_has_no_study(tmp_path):
+  dataset = dataset_lib.open_dataset(tiny.dataset(tmp_path))
+  config = tiny.config('bitnet', {'sensitivity.sequences': 0})
+  finish.check(config, dataset)
+  program = types.SimpleNamespace(config=config)  # Its model is not asked for.
+  assert finish.study(program, {}, dataset, tmp_path / 'run', None, 3)
+  assert not (tmp_path / 'run').exists()

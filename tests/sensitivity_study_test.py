@@ -119,6 +119,11 @@ def test_progress_counts_every_layer_of_every_run(made):
   assert shown[0][2] == f'fp: {next(iter(study.runs[0].analysis))}'
 
 
+def test_a_study_needs_calibration_sequences(saved):
+  with pytest.raises(ValueError, match='0 calibration .* --sequences'):
+    sensitivity_study.study([saved['fp'][0]], **DEFAULTS | {'sequences': 0})
+
+
 def test_the_calibration_comes_from_the_first_run_or_the_arguments(
   made, saved, dataset
 ):
