@@ -339,9 +339,8 @@ def test_a_mesh_draws_the_same_noise(scan):
 
 def test_a_run_on_a_grid_begins_and_stays_on_it():
   grid = 2.0**-16
-  program = program_of(
-    'fp', {'zo.resolution': grid, 'optim.weight_decay': 0.0, **QV}
-  )
+  fields = {'zo.resolution': grid, 'optim.weight_decay': 0.0, **QV}
+  program = program_of('fp', fields)
   start = jax.device_get(program.init())
   state, _ = train(program, 3, program.init())
   for at in (start, state):
