@@ -48,7 +48,7 @@ def program_of(fields=()):
 def after_one_step(program, state=None):
   """State and metrics, on the host."""
   batch = evaluate.put(tiny.batch(program.config), program.mesh)
-  state = program.init(tiny.params(program.model)) if state is None else state
+  state = tiny.state(program) if state is None else state
   return jax.device_get(program.train_step(state, batch))
 
 
@@ -66,7 +66,7 @@ def test_quantizers_have_slopes_of_their_own(scanned):
   form = (('model.scan_layers', scanned),)
   program = program_of(form)
   alone = program_of((*form, ('zo.quantizer_eps', 0.0)))
-  first = program.init(tiny.params(program.model))
+  first = tiny.state(program)
   before, rng = jax.device_get((first.params, first.rng))
   state, measured = after_one_step(program, first)
   other, without = after_one_step(alone)
@@ -119,7 +119,7 @@ def test_quantizers_have_slopes_of_their_own(scanned):
 def test_nothing_moves_in_a_state_that_is_not_healthy(broken):
   """Nor where a loss is not finite."""
   program = program_of((('model.scan_layers', True),))
-  state = program.init(tiny.params(program.model))
+  state = tiny.state(program)
   if broken:
     params = jax.tree_util.tree_map_with_path(
       lambda keys, w: (

@@ -54,14 +54,9 @@ def batch_on(program, seed=0):
   return evaluate.put(tiny.batch(program.config, seed), program.mesh)
 
 
-def first(program):
-  """A state to begin with; random parameters are not compiled for."""
-  return program.init(tiny.params(program.model))
-
-
 def train(program, steps, state=None, seed=0):
   """The state after some steps on one batch, and every step's metrics."""
-  state, metrics = first(program) if state is None else state, []
+  state, metrics = tiny.state(program) if state is None else state, []
   for _ in range(steps):
     state, measured = program.train_step(state, batch_on(program, seed))
     metrics.append(jax.device_get(measured))
@@ -118,7 +113,7 @@ def losses_beside(program, params, key, directions):
 def test_a_step_in_place_is_the_rate_times_the_estimate(fields):
   program = program_of('fp', {'zo.directions': 2, 'zo.eps': 1e-2, **fields})
   optim, eps = program.config.optim, program.config.zo.eps
-  state = jax.device_get(first(program))
+  state = jax.device_get(tiny.state(program))
   found, (metrics,) = train(program, 1)
   beside = losses_beside(program, state.params, step_key(state), 2)
   slopes = [(a - b) / (2 * eps) for _, a, b in beside]
@@ -157,7 +152,7 @@ def test_a_repeated_batch_is_learned_without_a_backward_pass():
 def test_an_optimizer_gets_the_estimate_of_what_is_trained():
   fields = {'optim.optimizer': 'adamw', 'optim.weight_decay': 0.0, **QV}
   program = program_of('integer', fields)
-  state = jax.device_get(first(program))
+  state = jax.device_get(tiny.state(program))
   found, (metrics,) = train(program, 1)
   names = {f'block_{i}/attn/{n}/kernel' for i in (0, 1) for n in 'qv'}
   adam = found.opt_state.inner_state[1]
@@ -186,7 +181,7 @@ def test_forward_mode_has_the_slope_of_the_gradient():
     'model.n_layers': 1,
   }
   program = program_of('bitnet', fields)
-  state = jax.device_get(first(program))
+  state = jax.device_get(tiny.state(program))
   _, (metrics,) = train(program, 1)
   batch = batch_on(program)
 
@@ -288,7 +283,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_for_good(value):
   program = program_of(
     'fp', {'zo.directions': 2, 'zo.eps': 1e-2, **SCANNED, 'optim.accumulate': 4}
   )
-  good = jax.device_get(first(program))
+  good = jax.device_get(tiny.state(program))
   params = jax.tree.map(np.copy, good.params)
   params['blocks']['attn']['q']['kernel'][1, 2, 3] = value
   bad = good._replace(params=params)
@@ -310,7 +305,7 @@ def test_a_mesh_draws_the_same_noise(scan):
   alone = program_of('fp', fields)
   mesh = {'mesh.data': 2, 'mesh.fsdp': 4}
   split = program_of('fp', {**fields, **mesh}, devices=8)
-  state = jax.device_get(first(alone))
+  state = jax.device_get(tiny.state(alone))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, split.abstract)
   directions = []
   for program, start in (

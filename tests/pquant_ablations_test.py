@@ -35,9 +35,7 @@ def trained(text):
   config = config_lib.from_json(text)
   with tiny.compiled_quickly():
     program = step_lib.compile_program(config, tiny.mesh(config))
-  # Random parameters are not compiled for.
-  state = program.init(tiny.params(program.model))
-  batch = tiny.batch(config)
+  state, batch = tiny.state(program), tiny.batch(config)
   losses = []
   for _ in range(3):
     state, metrics = program.train_step(state, batch)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from qat import sharding
+from qat import step as step_lib
 from qat.data import prepare
 from qat.nn import transformer
 
@@ -84,6 +85,11 @@ def params(model: transformer.Transformer, seed: int = 0) -> dict:
       jnp.float32(0.2 * rng.normal(size=p.shape) + (p.ndim < 2)) for p in leaves
     ],
   )
+
+
+def state(program: step_lib.Program) -> step_lib.State:
+  """A program's first state, of random parameters."""
+  return program.init(params(program.model))
 
 
 def mesh(config: ConfigDict, devices: int = 1) -> Mesh:

@@ -66,7 +66,7 @@ def slow_places(expert_GkM, n_experts, tile, capacity):
   st.sampled_from(['even', 'one']),
   st.integers(0, 99),
 )
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=15)
 def test_every_choice_has_its_place(
   groups, k, tokens, n_experts, tile, capacity, load, seed
 ):

@@ -24,7 +24,7 @@ def scale_of(codes):
   return jnp.ones((*codes.shape[:-2], 1, 1), jnp.float32)
 
 
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(
   st.sampled_from(FORMATS),
   st.integers(1, 70),
