@@ -61,10 +61,10 @@ class Perturbed:
 
   def read(self) -> jax.Array:
     """array + scale * z, float32."""
-    on_cpu = _sum_apart if self.shared else _sum
-    return lax.platform_dependent(
-      self.array, self.key_data, self.scale, cpu=on_cpu, default=_sum
-    )
+    parts = self.array, self.key_data, self.scale
+    if not self.shared:
+      return _sum(*parts)
+    return lax.platform_dependent(*parts, cpu=_sum_apart, default=_sum)
 
 
 @jax.jit
