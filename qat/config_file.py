@@ -27,11 +27,15 @@ def read(path: str, fields: Sequence[str]) -> ConfigDict:
       raise ValueError(f'unknown arguments {" ".join(rest)}')
     _ = values.config.to_dict()  # Where the file is missing, this says so.
   except Exception as error:  # What a config file raises is the user's too.
-    text = str(error.args[0] if error.args else error).strip()
-    # Of a traceback of the config file, the last line says it.
-    text = text.splitlines()[-1]
-    if 'get_config() takes 0' in text:
-      file, _, variant = path.partition(':')
-      text = f'{file} has no variants, so not {variant!r} either'
-    raise ValueError(f'{text}; see --help.') from error
+    raise ValueError(f'{problem(error)}; see --help.') from error
   return values.config
+
+
+def problem(error: Exception) -> str:
+  """What reading a config file raised, in the one line that says it."""
+  text = str(error.args[0] if error.args else repr(error)).strip()
+  # Of a traceback of the config file, the last line.
+  text = text.splitlines()[-1]
+  if 'get_config() takes 0' in text:
+    text = 'this config file has no variants; leave out ":" and what follows'
+  return text

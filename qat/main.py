@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from qat import checkpoint
 from qat import config as config_lib
+from qat import config_file
 from qat import lock
 from qat import manifest
 from qat import train
@@ -55,10 +56,7 @@ def parse(argv: list[str]) -> list[str]:
     _ = _CONFIG.value.name  # Where the file is missing, this says so.
     return rest
   except Exception as error:  # What a config file raises is the user's too.
-    message = str(error.args[0] if error.args else error).strip()
-    if 'Traceback' in message:  # Of the config file; its last line says it.
-      message = message.splitlines()[-1]
-    print(f'Error: {message}\nSee --help.', file=sys.stderr)
+    print(f'Error: {config_file.problem(error)}\nSee --help.', file=sys.stderr)
     sys.exit(2)
 
 

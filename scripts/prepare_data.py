@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     )
   except (ValueError, OSError, ImportError) as error:
     progress.note(f'Error: {error}')
-    return 1
+    return 2 if options.verify is None else 1
   except KeyboardInterrupt:
     progress.note('Stopped; repeat the command to go on.')
     return 130

@@ -28,11 +28,7 @@ def test_fields_go_over_the_file():
     (FILE, ['--config.train.steps=many'], 'many'),
     (FILE, ['more'], 'unknown arguments more'),
     (FILE.replace('tiny', 'huge'), [], "No size 'huge'"),
-    (
-      FILE.replace('fp.py', 'ptq/gptq.py'),
-      [],
-      "gptq.py has no variants.*'tiny'",
-    ),
+    (FILE.replace('fp.py', 'ptq/gptq.py'), [], 'has no variants'),
     ('nowhere.py', [], 'nowhere.py'),
   ],
 )

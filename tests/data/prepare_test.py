@@ -335,3 +335,4 @@ def test_the_command_line(tmp_path, jsonl: pathlib.Path) -> None:
   assert damaged.returncode == 1
   assert f'Error: {shard}: sha256' in damaged.stderr
   assert run(jsonl).returncode == 2
+  assert run(tmp_path / 'none.jsonl', '--out', out).returncode == 2
