@@ -1,14 +1,16 @@
 """What a model thinks of a continuation behind a context: its log-probability.
 
 Requests are sorted by length and padded to one of few lengths, so that few
-programs are compiled and little is computed for nothing. Logits are made only
-where a continuation is predicted, and only `_CHUNK` positions at a time.
+programs are compiled and little is computed for nothing; those that read the
+same tokens share a row. Logits are made only where a continuation is predicted,
+and only `_CHUNK` positions at a time.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import itertools
 import time
 from typing import Any
 from typing import NamedTuple
@@ -192,7 +194,9 @@ def score(
     The scores, in the order of the requests; in a hurry, none.
   """
   found: list[Score | None] = [None] * len(requests)
-  parts = list(_batches(requests, batch_tokens, longest, mesh.size))
+  readings = _readings(requests)
+  lengths = [len(requests[first].ids) - 1 for first, *_ in readings]
+  parts = list(_batches(lengths, batch_tokens, longest, mesh.size))
   total = sum(rows * length for _, rows, length in parts)
   done, start, scored = 0, time.monotonic(), 0
   shown = contextlib.nullcontext(lambda done, words: None)
@@ -202,17 +206,20 @@ def score(
     for members, rows, length in parts:
       if hurry():
         return []
-      tokens_BT, *rest = _fill([requests[i] for i in members], rows, length)
+      own = [readings[i] for i in members]
+      tokens_BT, *rest = _fill(
+        [[requests[i] for i in row] for row in own], rows, length
+      )
       batch = _spread(tokens_BT, mesh), *rest
       with limit():
         nats_S, greedy_S = jax.device_get(step(params, *batch))
       at = 0
-      for i in members:
-        own = slice(at, at + requests[i].scored)
-        nats = float(np.sum(nats_S[own], dtype=np.float64))
-        found[i] = Score(nats, bool(np.all(greedy_S[own])))
-        at = own.stop
-      done, scored = done + rows * length, scored + len(members)
+      for i in itertools.chain(*own):
+        part = slice(at, at + requests[i].scored)
+        nats = float(np.sum(nats_S[part], dtype=np.float64))
+        found[i] = Score(nats, bool(np.all(greedy_S[part])))
+        at = part.stop
+      done, scored = done + rows * length, scored + sum(map(len, own))
       left = display.left(start, done, total)
       show(done, f'{scored} of {len(requests)} requests, {left}')
   return found
@@ -235,17 +242,34 @@ def _spread(tokens_BT: np.ndarray, mesh: Mesh) -> jax.Array:
   )
 
 
+def _readings(requests: Sequence[Tokens]) -> list[list[int]]:
+  """Requests by what the model reads: choices of one token read the same.
+
+  A row has as many targets as tokens at most, so that there is room for them.
+  """
+  found: list[list[int]] = []
+  last: dict[bytes, tuple[list[int], int]] = {}  # And room that is left.
+  for i, (ids, scored, _) in enumerate(requests):
+    read = ids[:-1].tobytes()
+    row, room = last.get(read, ([], 0))
+    if room < scored:
+      row, room = [], len(ids) - 1
+      found.append(row)
+    row.append(i)
+    last[read] = row, room - scored
+  return found
+
+
 def _batches(
-  requests: Sequence[Tokens], batch_tokens: int, longest: int, devices: int
+  lengths: Sequence[int], batch_tokens: int, longest: int, devices: int
 ) -> Iterator[tuple[list[int], int, int]]:
-  """Which requests go together, rows of their batch, and its length.
+  """Which rows of these lengths go together, their batch's rows and length.
 
   The longest come first: what does not fit into memory fails at once. A length
-  with few requests has fewer rows, of a number that other tasks have, too.
+  with few of them has fewer rows, of a number that other tasks have, too.
   """
   by_length: dict[int, list[int]] = {}
-  for i, request in enumerate(requests):
-    length = padded(len(request.ids) - 1)
+  for i, length in enumerate(map(padded, lengths)):
     length = min(length, longest) if longest else length
     by_length.setdefault(length, []).append(i)
   for length in sorted(by_length, reverse=True):
@@ -258,18 +282,19 @@ def _batches(
 
 
 def _fill(
-  requests: Sequence[Tokens], rows: int, length: int
+  readings: Sequence[Sequence[Tokens]], rows: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.int32]:
   """The arguments of a step after the parameters, of one shape for a length."""
   tokens_BT = np.zeros((rows, length), np.int32)
   size = -(-rows * length // _CHUNK) * _CHUNK
   place_S, target_S = np.zeros((2, size), np.int32)
   at = 0
-  for row, (ids, scored, _) in enumerate(requests):
-    read = len(ids) - 1
-    tokens_BT[row, :read] = ids[:-1]
-    end = row * length + read
-    place_S[at : at + scored] = np.arange(end - scored, end)
-    target_S[at : at + scored] = ids[-scored:]
-    at += scored
+  for row, requests in enumerate(readings):
+    read = requests[0].ids[:-1]
+    tokens_BT[row, : len(read)] = read
+    end = row * length + len(read)
+    for ids, scored, _ in requests:
+      place_S[at : at + scored] = np.arange(end - scored, end)
+      target_S[at : at + scored] = ids[-scored:]
+      at += scored
   return tokens_BT, place_S, target_S, np.int32(at)

@@ -171,3 +171,43 @@ def test_scores_are_those_of_each_request_alone():
   assert 10 < sum(right for _, right in expected) < 35
   # One for each batch: the last ones are of one request each.
   assert limits[-len(long) :] == ['done'] * len(long) < limits
+
+
+def test_choices_of_one_token_share_a_row():
+  config = tiny.config('fp', tiny.EXACT)
+  model = transformer.build(config, 'cpu', 1)
+  params = tiny.params(model)
+  step = scores.make_step(config, model)
+  context = [5, 9, 2, 7]
+  requests = [
+    scores.Tokens(np.array(ids, np.int32), scored, False)
+    for ids, scored in (
+      ([*context, 1], 1),
+      ([3, 8], 1),
+      ([*context, 4], 1),
+      ([*context, 4], 2),  # Behind fewer tokens of context.
+      ([3, 6], 1),  # One token has room for one target.
+      ([*context, 1, 2], 2),
+    )
+  ]
+
+  def score(requests):
+    batches = []
+    found = scores.score(
+      step,
+      params,
+      tiny.mesh(config),
+      requests,
+      batch_tokens=1,  # A batch for each row.
+      longest=0,
+      label='',
+      limit=lambda: contextlib.nullcontext(batches.append(1)),
+    )
+    return found, len(batches)
+
+  found, rows = score(requests)
+  assert rows == 4
+  for request, together in zip(requests, found, strict=True):
+    (alone,), _ = score([request])
+    np.testing.assert_allclose(together.nats, alone.nats, rtol=1e-6)
+    assert together.greedy == alone.greedy
